@@ -1,0 +1,256 @@
+"""Log-probability, entropy and exact KL through the vocabulary head, without ever holding the (N, V) logits.
+
+    z = hidden weight^T        r = ref_hidden ref_weight^T        logprob, H: logprob.py        KL: kl.py
+    d hidden = G weight        d weight = G^T hidden              G = dz of all outputs together
+
+Logits exist one tile at a time, 1024 rows by 16384 words, in float32. Forward: the row kernels reduce a tile to a few
+numbers a row; those of the slices s of the vocabulary are joined by the chain rule, P_s being a slice's probability:
+
+    log p_y = log P_s + log p_(y|s)        H = H(P) + sum_s P_s H_s        KL = KL(P || Q) + sum_s P_s KL_s
+
+Backward: the same tile again (the same product, so the same bits) becomes a tile of G. A slice of d weight sums over
+all rows of one slice of G, so there is no (V, D) accumulator and no copy of the weight in another dtype. cuBLAS multiplies,
+Triton does the rows. Work: 2NVD forward, 8NVD with the backward; 4 and 12 with KL; 2NVD less for a frozen head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels import kl as kl_rows
+from kernels import logprob as logprob_rows
+from kernels import use_triton
+
+HEIGHT, WIDTH = 1024, 16384     # a tile of logits: 64 MiB; 512 blocks of 128 x 256, 3.9 rounds on 132 processors
+TALL = 8192                     # rows of G: d weight is one long sum instead of eight additions to memory
+CHUNK = 2 ** 24                 # plain torch: logits alive
+
+
+def linear_reference(hidden, weight, targets, ref_hidden=None, ref_weight=None):
+    """Plain torch, differentiable, all logits at once. `linear_stats` in the dtype of its arguments."""
+    z = F.linear(hidden, weight)
+    kl = None if ref_hidden is None else kl_rows.kl_reference(z, F.linear(ref_hidden, ref_weight))
+    return *logprob_rows.logprobs_reference(z, targets), kl
+
+
+def linear_chunks(hidden, weight, targets, ref_hidden=None, ref_weight=None):
+    """The same a chunk of rows at a time, its logits computed again in the backward."""
+    height = max(1, CHUNK // len(weight))
+    if len(hidden) <= height:                               # a small vocabulary: nothing to compute twice
+        return linear_reference(hidden, weight, targets, ref_hidden, ref_weight)
+    split = [[None] * len(hidden) if x is None else x.split(height) for x in (hidden, targets, ref_hidden)]
+    again = dict(use_reentrant=False, preserve_rng_state=False)
+    parts = [checkpoint(linear_reference, x, weight, y, ref_x, ref_weight, **again) for x, y, ref_x in zip(*split)]
+    return [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def product(a, b, out=None, add=False):
+    """a @ b with float32 sums and result; into `out`, or added to it."""
+    if a.is_cuda:
+        if add:
+            return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    with torch.autocast(a.device.type, enabled=False):      # out_dtype exists on CUDA only
+        a, b = a.float(), b.float()
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+
+
+def logits(x, start, weight):
+    """x[start:start + HEIGHT] @ weight.T, as a product of HEIGHT rows always: a row's bits do not hang on the others."""
+    x = x[start:start + HEIGHT]
+    padded = x if len(x) == HEIGHT else F.pad(x, (0, 0, 0, HEIGHT - len(x)))
+    return product(padded, weight.T)[:len(x)]
+
+
+def join(stats):
+    """Statistics (N, S, 2) of all slices to those of the row (N, 2) and log P_s (N, S)."""
+    M = stats[..., 0].amax(1)
+    mass = (stats[..., 0] - M[:, None]) / logprob_rows.LN2.value + stats[..., 1]       # log2, relative to 2^(M LOG2E)
+    top = mass.amax(1)
+    log2S = top + (mass - top[:, None]).exp2().sum(1).log2()
+    return torch.stack((M, log2S), 1), (mass - log2S[:, None]) * logprob_rows.LN2.value
+
+
+def forward(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+            dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hidden (N, D), weight (V, D), y (N,) to log-prob, entropy, stats (N, 2), kl, mean_d, ref_stats (N, 2).
+
+    The operands of the products are rounded to `dtype`. Without a reference the last three are empty.
+    """
+    x, ref_x = hidden.to(dtype), None if ref_hidden is None else ref_hidden.to(dtype)
+
+    def tile(c, y_s, W, ref_W):
+        y_c, z = y_s[c:c + HEIGHT], logits(x, c, W)
+        logprob, entropy, stats = logprob_rows.launch_forward(z, y_c)
+        if ref_x is None:
+            return logprob, entropy, stats
+        r = logits(ref_x, c, ref_W)
+        ref_stats = logprob_rows.launch_forward(r, y_c)[2]
+        return logprob, entropy, stats, *kl_rows.launch_forward(z, r, stats, ref_stats), ref_stats
+
+    slices = []
+    for s in range(0, len(weight), WIDTH):
+        W, ref_W = (w if w is None else w[s:s + WIDTH].to(dtype) for w in (weight, ref_weight))
+        y_s = y - s
+        tiles = [tile(c, y_s, W, ref_W) for c in range(0, max(len(x), 1), HEIGHT)]
+        slices.append([torch.cat(t) for t in zip(*tiles)])
+    logprob, entropy, stats, *rest = (torch.stack(t, 1) for t in zip(*slices))          # (N, S), stats (N, S, 2)
+    stats, logP = join(stats)
+    P = logP.exp()
+    logprob = (logprob + logP).gather(1, (y // WIDTH).clamp(0, len(slices) - 1)[:, None])[:, 0]
+    entropy = (P * (entropy - logP)).sum(1)
+    if ref_x is None:
+        return logprob, entropy, stats, *(x.new_empty(shape, dtype=torch.float32) for shape in ((0,), (0,), (0, 2)))
+    kl, mean_d, ref_stats = rest
+    ref_stats, logQ = join(ref_stats)
+    kl = kl_rows.kl_sum(logP, logQ) + (P * kl).sum(1)
+    return logprob, entropy, stats, kl, (P * (mean_d + logP - logQ)).sum(1), ref_stats
+
+
+def gradient(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+             entropy: Tensor, stats: Tensor, mean_d: Tensor, ref_stats: Tensor, g_logprob: Tensor, g_entropy: Tensor,
+             g_kl: Tensor, dtype: torch.dtype, frozen: bool) -> tuple[Tensor, Tensor]:
+    """d hidden (N, D) and d weight (V, D) in their dtypes; of a frozen head's d weight nothing (0, D)."""
+    x, ref_x = hidden.to(dtype), None if ref_hidden is None else ref_hidden.to(dtype)
+    dx, dW = torch.empty_like(hidden, dtype=torch.float32), torch.empty_like(weight[:0] if frozen else weight)
+
+    def tile(G, c, y_s, W, ref_W):
+        z, c = logits(x, c, W), slice(c, c + HEIGHT)
+        if ref_x is None:
+            logprob_rows.launch_backward(G, z, y_s[c], stats[c], entropy[c], g_logprob[c], g_entropy[c])
+        else:
+            kl_rows.launch_backward(G, z, logits(ref_x, c.start, ref_W), stats[c], ref_stats[c], mean_d[c], g_kl[c],
+                                    y_s[c], entropy[c], g_logprob[c], g_entropy[c])
+
+    for s in range(0, len(weight), WIDTH):
+        W, ref_W = (w if w is None else w[s:s + WIDTH].to(dtype) for w in (weight, ref_weight))
+        y_s, dW_s = y - s, dW[s:s + WIDTH]                  # a target outside the slice meets no column
+        total = dW_s if dW.dtype == torch.float32 else torch.empty_like(dW_s, dtype=torch.float32)
+        for top in range(0, max(len(x), 1), TALL):
+            x_top = x[top:top + TALL]
+            G = x.new_empty(len(x_top), len(W))
+            for c in range(0, len(G), HEIGHT):
+                tile(G[c:c + HEIGHT], top + c, y_s, W, ref_W)
+            product(G, W, dx[top:top + TALL], add=s > 0)
+            if not frozen:
+                product(G.T, x_top, total, add=top > 0)
+        if total is not dW_s:
+            dW_s.copy_(total)
+    return dx.to(hidden.dtype), dW
+
+
+linear_op = torch.library.custom_op("kernels::linear", forward, mutates_args=())
+gradient_op = torch.library.custom_op("kernels::linear_gradient", gradient, mutates_args=())
+
+
+@linear_op.register_fake
+def _(hidden, weight, y, ref_hidden, ref_weight, dtype):
+    N, K = hidden.shape[0], 0 if ref_hidden is None else hidden.shape[0]
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 2), (K,), (K,), (K, 2)))
+
+
+@gradient_op.register_fake
+def _(hidden, weight, *rest):
+    return torch.empty_like(hidden), torch.empty_like(weight[:0] if rest[-1] else weight)
+
+
+def save(ctx, inputs, output):
+    _, entropy, stats, _, mean_d, ref_stats = output
+    ctx.save_for_backward(*inputs[:5], entropy, stats, mean_d, ref_stats)
+    ctx.mark_non_differentiable(stats, mean_d, ref_stats)
+    ctx.dtype = inputs[5]
+
+
+def backward(ctx, g_logprob, g_entropy, _, g_kl, *__):
+    x, W = ctx.needs_input_grad[:2]
+    dx, dW = gradient_op(*ctx.saved_tensors, g_logprob, g_entropy, g_kl, ctx.dtype, not W)
+    return dx if x else None, dW if W else None, None, None, None, None
+
+
+linear_op.register_autograd(backward, setup_context=save)
+
+
+def linear_stats(hidden, weight, targets, ref_hidden=None, ref_weight=None):
+    """Log-probability of each target, entropy, and KL(policy || reference) if there is one, sharing the products.
+
+    hidden (..., D), weight (V, D), targets (...) int64; ref_hidden (..., D') and ref_weight (V, D') without gradient
+    -> logprobs (...), entropy (...), kl (...) or None, float32. Gradients to hidden and weight, in their dtypes.
+    Logits are float32; the products' operands are rounded to autocast's dtype, without autocast to that of hidden.
+    A row costs 2VD operations, so pass those that matter: hidden[response_mask].
+    """
+    shape, device = targets.shape, hidden.device.type
+    if hidden.shape[:-1] != shape or weight.shape[1:] != hidden.shape[-1:]:
+        raise ValueError(f"linear_stats: hidden (..., D), weight (V, D), targets (...), got {tuple(hidden.shape)}, "
+                         f"{tuple(weight.shape)}, {tuple(shape)}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (ref_hidden, ref_weight)):
+        raise ValueError("linear_stats: no gradient flows to the reference; freeze it, ref.requires_grad_(False)")
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    hidden, ref_hidden = (x if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden))
+    targets = targets.reshape(-1)
+    if use_triton(hidden):
+        logprobs, entropy, _, kl, *_ = linear_op(hidden, weight, targets, ref_hidden, ref_weight, dtype)
+    else:
+        inputs = [x if x is None else x.to(dtype).to(torch.promote_types(dtype, torch.float32))
+                  for x in (hidden, weight, ref_hidden, ref_weight)]
+        with torch.autocast(device, enabled=False):
+            logprobs, entropy, kl = linear_chunks(*inputs[:2], targets, *inputs[2:])
+    return logprobs.view(shape), entropy.view(shape), None if ref_hidden is None else kl.view(shape)
+
+
+def linear_logprobs(hidden, weight, targets):
+    """hidden (..., D), weight (V, D), targets (...) -> logprobs (...), entropy (...): see `linear_stats`."""
+    return linear_stats(hidden, weight, targets)[:2]
+
+
+def linear_kl(hidden, weight, ref_hidden, ref_weight):
+    """Exact KL(policy || reference) (...) at every position: see `linear_stats`."""
+    targets = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+    return linear_stats(hidden, weight, targets, ref_hidden, ref_weight)[2]
+
+
+if __name__ == "__main__":
+    from kernels import bench
+
+    def half_logits(x, W, y, *ref):
+        """What one writes without thinking about it: logits rounded to bfloat16."""
+        z = F.linear(x, W).float()
+        kl = [kl_rows.kl_reference(z, F.linear(*ref).float())] if ref else []
+        return *logprob_rows.logprobs_reference(z, y), *kl
+
+    def tiled(height, width):
+        def call(*inputs):
+            global HEIGHT, WIDTH
+            HEIGHT, WIDTH = height, width
+            return linear_logprobs(*inputs)
+        return call
+
+    def tables():
+        liger = bench.other("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
+        flce = bench.other("liger_kernel.ops", "LigerFusedLinearCrossEntropyFunction")
+        calls = {"ours": linear_logprobs, "torch, bfloat16 logits": half_logits}
+        if bench.CUDA:
+            calls["torch.compile"] = torch.compile(half_logits)
+        if bench.CUDA and liger:
+            calls["Liger scaled CE"] = lambda *x: [a * b for a, b in zip(liger.apply(*x, 1.0, -100, 1, True), (-1, 1))]
+            calls["Liger FLCE, no entropy"] = lambda *x: -flce.apply(*x, None, None, -100, 0.0, 0.0, "none")[0]
+        with_kl = {"ours": linear_stats, "torch, bfloat16 logits": half_logits}
+        tiles = {f"tiles of {h} x {w}": tiled(h, w) for w in (8192, 16384, 32768) for h in (512, 1024, 2048)}
+        Qwen, GPT2 = 151936, 50304
+        shapes = [(8192, Qwen, 896), (8192, Qwen, 4096), (8192, GPT2, 768), (1024, Qwen, 1536), (8192, Qwen, 1536)]
+        for N, V, D in shapes if bench.CUDA else [(64, GPT2, 256)]:
+            x, W, noise = (bench.normal(n, D, dtype=torch.bfloat16, seed=i) for i, n in enumerate((N, V, N)))
+            W, y = W * (2 * D ** -0.5), bench.tokens(N, V)
+            cases = [("linear_logprobs", calls, [x, W], [y], 1, 4),
+                     ("linear_logprobs, frozen head", calls, [x], [W, y], 1, 3),
+                     ("linear_stats with KL", with_kl, [x, W], [y, x + noise / 50, W], 2, 6)]
+            if bench.CUDA and D == 1536 and N == 8192:      # last: the tiles stay as they are set
+                cases.append(("linear_logprobs", tiles, [x, W], [y], 1, 4))
+            for name, calls_, trained, fixed, *NVD in cases:
+                yield bench.table(f"{name} N={N} V={V} D={D} bfloat16", calls_, linear_reference, trained, fixed,
+                                  "TFLOP/s", [2 * N * V * D / 1e12 * i for i in NVD])
+
+    bench.main("linear", tables)

@@ -1,0 +1,202 @@
+"""Log-probability of one token of a row, and the row's entropy, from logits.
+
+    log p_v = z_v - log sum_w e^z_w        logprob = log p_y        H = - sum_v p_v log p_v
+    dz_v    = g_lp (1[v = y] - p_v) - g_H p_v (log p_v + H)         g_lp, g_H: gradients of logprob and H
+
+One read of the logits forward, one read and one write backward, and two numbers a row kept in between; torch's
+log_softmax, gather, exp, product and sum move a row about ten times and keep two more copies of it.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import tl, triton, use_triton
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(-1e30)     # stands for -inf: 0 * FLOOR is 0, 0 * inf is not
+
+
+def finite(logits):
+    """float32 logits (float64 ones as they are) with -1e30 for -inf, which would become 0 * inf."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(min=-1e30)
+
+
+def logprobs_reference(z, targets):
+    """Plain torch, differentiable: finite logits (..., V) and targets (...) to log-prob (...) and entropy (...)."""
+    logp = z.log_softmax(-1)
+    return logp.gather(-1, targets[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def forward_kernel(
+    z_ptr,              # (N, V) logits
+    y_ptr,              # (N,) token ids
+    logprob_ptr,        # (N,) float32
+    entropy_ptr,        # (N,) float32
+    stats_ptr,          # (N, 2) float32: M = max z and log2 S, S = sum 2^((z - M) LOG2E)
+    z_stride, V,
+    BLOCK: tl.constexpr, Q: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)                     # int64: row * stride overflows int32
+    z_ptr += row * z_stride
+    # every lane keeps its own maximum m, sum s of 2^d and sum u of d 2^d: no reduction across lanes inside the loop
+    m = tl.full((BLOCK,), FLOOR, tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    u = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK * Q):
+        v = start + tl.arange(0, Q)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        z = tl.load(z_ptr + v, mask=v < V, other=FLOOR).to(tl.float32)
+        z = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)         # a NaN has to come out as NaN
+        new = tl.maximum(m, tl.max(z, 0))
+        shift = (m - new) * LOG2E
+        scale = tl.exp2(shift)
+        d = (z - new[None, :]) * LOG2E                      # subtract, then scale: the other order loses digits
+        e = tl.exp2(d)
+        u = scale * (u + shift * s) + tl.sum(e * d, 0)
+        s = scale * s + tl.sum(e, 0)
+        m = new
+    M = tl.max(m, 0)
+    shift = (m - M) * LOG2E
+    scale = tl.exp2(shift)
+    S = tl.sum(scale * s, 0)
+    U = tl.sum(scale * (u + shift * s), 0)
+    log2S = tl.log2(S)
+    y = tl.load(y_ptr + row)
+    z_y = tl.load(z_ptr + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)   # no such token: NaN
+    z_y = tl.maximum(z_y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(logprob_ptr + row, (z_y - M) - log2S * LN2)
+    tl.store(entropy_ptr + row, (log2S - U / S) * LN2)
+    tl.store(stats_ptr + 2 * row, M)                        # two numbers: their sum would round a large offset away
+    tl.store(stats_ptr + 2 * row + 1, log2S)
+
+
+@triton.jit
+def backward_kernel(
+    z_ptr,              # (N, V) logits
+    y_ptr,              # (N,) token ids
+    stats_ptr,          # (N, 2) float32, from the forward
+    entropy_ptr,        # (N,) float32
+    g_logprob_ptr,      # (N,) float32
+    g_entropy_ptr,      # (N,) float32
+    dz_ptr,             # (N, V), any dtype
+    z_stride, V,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * z_stride
+    dz_ptr += row * V
+    y = tl.load(y_ptr + row)
+    M = tl.load(stats_ptr + 2 * row)
+    log2S = tl.load(stats_ptr + 2 * row + 1)
+    H = tl.load(entropy_ptr + row)
+    g_logprob = tl.load(g_logprob_ptr + row)
+    g_entropy = tl.load(g_entropy_ptr + row)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + v, mask=v < V, other=FLOOR).to(tl.float32)
+        z = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        log2p = (z - M) * LOG2E - log2S
+        dz = -tl.exp2(log2p) * (g_logprob + g_entropy * (log2p * LN2 + H))
+        tl.store(dz_ptr + v, tl.where(v == y, dz + g_logprob, dz), mask=v < V)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rows(x):
+    """A tensor whose rows the kernels can walk: columns side by side; a row stride may be anything."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch_forward(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, V) and token ids (N,) to log-prob (N,), entropy (N,) and the statistics (N, 2)."""
+    (N, V), z = z.shape, rows(z)
+    logprob, entropy, stats = (z.new_empty((N, *more), dtype=torch.float32) for more in ((), (), (2,)))
+    with torch.cuda.device_of(z):
+        if N:
+            forward_kernel[(N,)](z, y.contiguous(), logprob, entropy, stats, z.stride(0), V,
+                                 BLOCK=2048, Q=4, num_warps=8)
+    return logprob, entropy, stats
+
+
+def launch_backward(dz, z, y, stats, entropy, g_logprob, g_entropy):
+    """Writes the gradient with respect to the logits into dz (N, V), rounded to its dtype."""
+    (N, V), z = z.shape, rows(z)
+    y, g_logprob, g_entropy = y.contiguous(), g_logprob.contiguous(), g_entropy.contiguous()    # of a sum(): stride 0
+    with torch.cuda.device_of(z):
+        if N:
+            backward_kernel[(N,)](z, y, stats, entropy, g_logprob, g_entropy, dz, z.stride(0), V,
+                                  BLOCK=4096, num_warps=8)
+    return dz
+
+
+def gradient(z: Tensor, y: Tensor, stats: Tensor, entropy: Tensor, g_logprob: Tensor, g_entropy: Tensor) -> Tensor:
+    return launch_backward(z.new_empty(z.shape), z, y, stats, entropy, g_logprob, g_entropy)
+
+
+logprobs_op = torch.library.custom_op("kernels::logprobs", launch_forward, mutates_args=())
+gradient_op = torch.library.custom_op("kernels::logprobs_gradient", gradient, mutates_args=())
+gradient_op.register_fake(lambda z, *_: z.new_empty(z.shape))
+
+
+@logprobs_op.register_fake
+def _(z, y):
+    return tuple(z.new_empty((z.shape[0], *more), dtype=torch.float32) for more in ((), (), (2,)))
+
+
+def save(ctx, inputs, output):
+    _, entropy, stats = output
+    ctx.save_for_backward(*inputs, stats, entropy)
+    ctx.mark_non_differentiable(stats)
+
+
+def backward(ctx, g_logprob, g_entropy, _):
+    return gradient_op(*ctx.saved_tensors, g_logprob, g_entropy), None
+
+
+logprobs_op.register_autograd(backward, setup_context=save)
+
+
+def token_logprobs(logits, targets):
+    """Log-probability of each target and entropy of each row, both float32 and differentiable.
+
+    logits (..., V) float32, bfloat16 or float16; targets (...) int64 in 0 ... V-1 -> logprobs (...), entropy (...).
+    There is no ignore index: mask the result with torch.where. A target out of range is an error on a CPU and NaN on
+    a GPU, where checking would mean waiting for it.
+    """
+    if not logits.is_floating_point() or targets.is_floating_point() or logits.shape[:-1] != targets.shape:
+        raise ValueError(f"token_logprobs: logits (..., V) and integer targets (...), got {logits.dtype} "
+                         f"{tuple(logits.shape)} and {targets.dtype} {tuple(targets.shape)}")
+    if not use_triton(logits):
+        return logprobs_reference(finite(logits), targets)
+    logprobs, entropy, _ = logprobs_op(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    return logprobs.view(targets.shape), entropy.view(targets.shape)
+
+
+if __name__ == "__main__":
+    from kernels import bench
+
+    def plain(z, y):
+        return logprobs_reference(finite(z), y)
+
+    def tables():
+        trl = bench.other("trl.trainer.utils", "selective_log_softmax_and_entropy")
+        liger = bench.other("liger_kernel.ops", "LigerCrossEntropyFunction")
+        calls = {"ours": token_logprobs, "torch": plain}
+        if bench.CUDA:
+            calls["torch.compile"] = torch.compile(plain)
+        if bench.CUDA and trl:
+            calls["TRL"] = lambda z, y: [out[0] for out in trl(z[None], y[None])]
+        if bench.CUDA and liger:
+            calls["Liger CE, no entropy"] = lambda z, y: -liger.apply(z, y, None, -100, 0.0, 0.0, "none")[0]
+        shapes = [(8192, 151936, torch.bfloat16), (8192, 151936, torch.float32), (8192, 50257, torch.bfloat16)]
+        for N, V, dtype in shapes if bench.CUDA else [(64, 50257, torch.float32)]:
+            z, y = bench.peaked(N, V, dtype), bench.tokens(N, V)
+            GB = z.nbytes / 1e9
+            yield bench.table(f"token_logprobs N={N} V={V} {dtype}", calls, plain, [z], [y], "GB/s", (GB, 3 * GB))
+
+    bench.main("logprob", tables)

@@ -1,0 +1,581 @@
+"""The kernels against float64, values and gradients, and the bugs that such kernels have had elsewhere.
+
+Every test of a public function runs both paths. Without a GPU the Triton path is the interpreter's, 3 ms for a loop
+iteration of a row: few rows above a vocabulary of 5003, and tiles of a few rows for the linear functions.
+"""
+import inspect
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kernels
+from kernels import kl, linear, linear_kl, linear_logprobs, linear_stats, logprob, token_kl, token_logprobs
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")     # numpy in the interpreter
+
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [
+    2,          # the smallest with a choice
+    37,         # ragged, far below one block
+    1001,       # ragged, below one block
+    1408,       # a multiple of 128 and of no block
+    4096,       # whole blocks of every kernel but one
+    5003,       # ragged, above a block
+    50257,      # GPT-2
+    151936,     # Qwen2.5
+]
+LOGITS = {
+    "normal": lambda z: 3 * z,
+    "wide": lambda z: 30 * z,
+    "negative": lambda z: z - 120,              # a running maximum that starts at 0 breaks here
+    "very negative": lambda z: 3 * z - 500,
+    "offset": lambda z: 3 * z + 3e4,            # a log-normaliser kept as one float32 number breaks here
+    "equal": lambda z: 0 * z + 7,
+    "peaks": lambda z: 2 * z + 16 * (z > 3),    # like a language model: a few tokens have all the probability
+}
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request, monkeypatch):
+    monkeypatch.setattr(kernels, "PATH", request.param)
+    return request.param
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Several tiles in every direction from the smallest inputs, and several chunks of the plain torch path."""
+    for name, value in dict(HEIGHT=4, WIDTH=128, TALL=8, CHUNK=1000).items():
+        monkeypatch.setattr(linear, name, value)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def tokens(N, V, seed=0):
+    y = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    y[:1] = V - 1                               # the last column of a ragged row
+    return y
+
+
+def rows(V):
+    return 3 if V <= 5003 else 1
+
+
+def truth(z, y, r=None):
+    """The textbook's formulas. In float64 they are the truth, in float32 what torch alone would give."""
+    logp = z.log_softmax(-1)
+    out = logp.gather(-1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    return out if r is None else (*out, (logp.exp() * (logp - r.log_softmax(-1))).sum(-1))
+
+
+def linear_truth(x, W, y, ref_x=None, ref_W=None):
+    return truth(x @ W.T, y, None if ref_x is None else ref_x @ ref_W.T)
+
+
+def run(function, trained, *fixed, g):
+    """Values of a function, and the gradients to `trained` for upstream gradients g, one row for each output."""
+    trained = [x.detach().clone().requires_grad_() for x in trained]
+    out = function(*trained, *fixed)
+    out = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if o is not None]
+    return [o.detach() for o in out], torch.autograd.grad(sum((o * i).sum() for o, i in zip(out, g)), trained)
+
+
+def doubles(*tensors):
+    return [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+
+
+def error(a, b):
+    return (a.double() - b).abs().max().item() if a.numel() else 0.0
+
+
+def relative(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+# --- from logits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, V", [(kind, V) for kind in LOGITS for V in SIZES if V <= 5003 or kind == "peaks"])
+def test_logprobs(path, kind, V):
+    z, y, g = LOGITS[kind](normal(rows(V), V)), tokens(rows(V), V), normal(2, rows(V), seed=1)
+    (logprobs, entropy), (dz,) = run(token_logprobs, [z], y, g=g)
+    exact, (exact_dz,) = run(truth, doubles(z), y, g=g.double())
+    plain, (plain_dz,) = run(truth, [z], y, g=g)
+    assert logprobs.dtype == entropy.dtype == dz.dtype == torch.float32
+    assert error(logprobs, exact[0]) <= 2e-6 + 1e-7 * (z.max() - z.min()).item()
+    assert error(entropy, exact[1]) <= (2e-6 if path == "triton" else 5e-6)     # torch: one long sum of log p
+    assert error(dz, exact_dz) <= 1e-6 * g.abs().max().item()
+    assert logprobs.max() <= 1e-6
+    for ours, theirs, right in zip((logprobs, entropy, dz), (*plain, plain_dz), (*exact, exact_dz)):
+        assert error(ours, right) <= 3 * error(theirs, right) + 1e-6            # 1e-6: where torch is right by luck
+
+
+@pytest.mark.parametrize("distance, V", [(d, V) for d in (1.0, 0.05, 0.005, 5e-4) for V in SIZES if V <= 5003 or d == 0.005])
+def test_kl(path, distance, V):
+    """KL near 0.3, 1e-3, 1e-5 and 1e-7."""
+    z, g = LOGITS["normal"](normal(rows(V), V)), normal(1, rows(V), seed=1)
+    r = z + distance * normal(rows(V), V, seed=2) + 5                           # 5: the common offset has to drop out
+    (kl,), (dz,) = run(token_kl, [z], r, g=g)
+    y = tokens(rows(V), V)
+    exact, (exact_dz,) = run(lambda z, r: truth(z, y, r)[2:], doubles(z), r.double(), g=g.double())
+    assert kl.min() >= 0 and kl.dtype == torch.float32
+    assert ((kl - exact[0]).abs() <= 1e-9 + 1e-3 * exact[0]).all()
+    assert error(dz, exact_dz) <= 1e-6 * g.abs().max().item()
+    assert dz.sum(-1).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["wide", "negative", "offset", "equal", "peaks"])
+def test_kl_kinds(path, kind):
+    z = LOGITS[kind](normal(3, 1001))
+    r, g = z + 0.05 * normal(3, 1001, seed=2), normal(1, 3, seed=1)
+    (kl,), (dz,) = run(token_kl, [z], r, g=g)
+    exact, (exact_dz,) = run(lambda z, r: truth(z, tokens(3, 1001), r)[2:], doubles(z), r.double(), g=g.double())
+    assert kl.min() >= 0
+    assert ((kl - exact[0]).abs() <= 1e-9 + 1e-3 * exact[0]).all()
+    assert error(dz, exact_dz) <= 1e-6 * g.abs().max().item()
+
+
+def test_kl_of_identical_logits_is_exactly_zero(path):
+    z = LOGITS["wide"](normal(3, 5003))
+    (kl,), (dz,) = run(token_kl, [z], z.clone(), g=torch.ones(1, 3, device=DEVICE))
+    assert (kl == 0).all() and (dz == 0).all()
+
+
+def test_kl_of_disjoint_rows(path):
+    """p underflows where q is 1: a form that divides by p gives inf or NaN."""
+    z, r = torch.zeros(2, 1, 50, device=DEVICE)
+    z[0, 3], r[0, 7] = 200, 200
+    (kl,), (dz,) = run(token_kl, [z], r, g=torch.ones(1, 1, device=DEVICE))
+    assert abs(kl.item() - 200) < 1e-3 and dz.isfinite().all()
+
+
+def test_entropy_alone_has_a_gradient(path):
+    z, y = LOGITS["normal"](normal(3, 37)), tokens(3, 37)
+    (_, entropy), (dz,) = run(lambda z: token_logprobs(z, y), [z], g=[torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)])
+    _, (exact,) = run(lambda z: truth(z, y)[1:], doubles(z), g=torch.ones(1, 3, device=DEVICE))
+    assert dz.abs().max() > 0.01 and error(dz, exact) <= 1e-6
+
+
+def test_upstream_gradients(path):
+    """Rows with gradient 0 get exactly 0, and the gradient of a sum, one number with stride 0, is read right."""
+    z, r, y = normal(4, 37), normal(4, 37, seed=1), tokens(4, 37)
+    mask = torch.tensor([True, False, True, False], device=DEVICE)
+    for function, exact in ((lambda z: token_logprobs(z, y), lambda z: truth(z, y)),
+                            (lambda z: [token_kl(z, r)], lambda z: truth(z, y, r.to(z.dtype))[2:])):
+        a = z.clone().requires_grad_()
+        torch.where(mask, sum(function(a)), 0).sum().backward()
+        b = z.double().requires_grad_()
+        sum(exact(b))[mask].sum().backward()
+        assert error(a.grad, b.grad) <= 2e-6 and (a.grad[~mask] == 0).all()
+        a.grad = b.grad = None
+        sum(o.sum() for o in function(a)).backward()
+        sum(o.sum() for o in exact(b)).backward()
+        assert error(a.grad, b.grad) <= 2e-6
+
+
+def test_masked_vocabulary(path):
+    """-inf logits: never a NaN, and the rest of the row as if those tokens did not exist."""
+    z, r, y, inf = normal(3, 37), normal(3, 37, seed=1), tokens(3, 36), -torch.inf
+    z[:, 30:36] = r[:, 30:36] = inf                                             # in both: not there
+    y[0] = 36
+    keep = [v for v in range(37) if not 30 <= v < 36]
+    kept_y = torch.where(y == 36, 30, y)
+    y[kept_y >= 30], kept_y[kept_y >= 30] = 36, 30
+    g = normal(3, 3, seed=3)
+    out, (dz,) = run(lambda z: (*token_logprobs(z, y), token_kl(z, r)), [z], g=g)
+    exact, (exact_dz,) = run(lambda z: truth(z, kept_y, r[:, keep].double()), [z[:, keep].double()], g=g.double())
+    for ours, right in zip((*out, dz[:, keep]), (*exact, exact_dz)):
+        assert error(ours, right) <= 2e-6
+    assert (dz[:, 30:36] == 0).all()
+
+    (logprobs, _), (dz,) = run(token_logprobs, [z], torch.full_like(y, 33), g=g)        # at the target
+    assert (logprobs <= -1e29).all() and not dz.isnan().any()
+    r[:, 5] = inf                                                               # in the reference only
+    (kl,), (dz,) = run(token_kl, [z], r, g=torch.ones(1, 3, device=DEVICE))
+    assert (kl > 1e20).all() and not dz.isnan().any()
+    z[:, 5], z[:, 6], r[:, 5] = inf, inf, 0.0                                   # in the policy only
+    (kl,), (dz,) = run(token_kl, [z], r, g=torch.ones(1, 3, device=DEVICE))
+    assert kl.isfinite().all() and (kl > 0).all() and dz.isfinite().all()
+
+
+def test_padding_under_where(path):
+    """Rows that the caller masks may hold anything finite or -inf: they give no NaN and get no gradient."""
+    z, r, y = normal(3, 37), normal(3, 37, seed=1), tokens(3, 37)
+    z[1] = r[1] = -torch.inf
+    z.requires_grad_()
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    torch.where(mask, sum(token_logprobs(z, y)) + token_kl(z, r), 0).sum().backward()
+    assert z.grad.isfinite().all() and (z.grad[1] == 0).all() and (z.grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_comes_out(path, bad):
+    """A NaN or +inf logit makes its own row NaN, as in torch, and no other."""
+    z, r, y = normal(3, 37), normal(3, 37, seed=1), tokens(3, 37)
+    z[1, 20] = bad
+    for out in (*token_logprobs(z, y), token_kl(z, r), token_kl(r, z)):
+        assert out.isnan().tolist() == [False, True, False]
+
+
+def test_half_precision(path):
+    """Half-precision logits give float32 results, as good as float32 arithmetic on the same logits."""
+    for dtype, rounding in ((torch.bfloat16, 2 ** -7), (torch.float16, 2 ** -10)):     # the interpreter truncates
+        z, y = LOGITS["normal"](normal(3, 1001)).to(dtype), tokens(3, 1001)
+        r, g = (z + 0.1 * normal(3, 1001, seed=1)).to(dtype), normal(3, 3, seed=2)
+        for function, exact in ((lambda z: token_logprobs(z, y), lambda z: truth(z, y)),
+                                (lambda z: token_kl(z, r), lambda z: truth(z, y, r.double())[2:])):
+            out, (dz,) = run(function, [z], g=g)
+            right, (right_dz,) = run(exact, doubles(z), g=g.double())
+            assert all(o.dtype == torch.float32 and error(o, i) <= 1e-5 for o, i in zip(out, right))
+            assert dz.dtype == dtype and ((dz - right_dz).abs() <= rounding * right_dz.abs() + 1e-5).all()
+
+
+def test_shapes_and_strides(path):
+    """Any leading shape, transposed or sliced logits, no rows at all; inputs stay as they are."""
+    z, y = normal(2, 3, 37), tokens(6, 37).view(2, 3)
+    logprobs, entropy = token_logprobs(z, y)
+    assert logprobs.shape == entropy.shape == token_kl(z, z + 1).shape == (2, 3)
+    wide = torch.full((6, 64), torch.nan, device=DEVICE)                        # NaN beside the rows
+    wide[:, 9:46] = z.view(6, 37)
+    before = wide.clone()
+    for same in (wide[:, 9:46], z.view(6, 37).T.contiguous().T):
+        assert torch.equal(token_logprobs(same, y.view(6))[0], logprobs.view(6))
+        assert torch.equal(token_kl(same, z.view(6, 37) + 1), token_kl(z, z + 1).view(6))
+    assert torch.equal(wide.nan_to_num(7), before.nan_to_num(7))
+    empty = torch.zeros(0, 37, device=DEVICE, requires_grad=True)
+    assert token_logprobs(empty, y.view(6)[:0])[0].shape == token_kl(empty, empty.detach()).shape == (0,)
+    (sum(token_logprobs(empty, y.view(6)[:0])) + token_kl(empty, empty.detach())).sum().backward()
+    assert empty.grad.shape == (0, 37)
+
+
+def test_bad_arguments(path):
+    z, y = normal(3, 37), tokens(3, 37)
+    for call in (lambda: token_logprobs(z, y[:2]), lambda: token_logprobs(z, y.float()), lambda: token_kl(z, z[:, :36]),
+                 lambda: token_kl(z, z.clone().requires_grad_()), lambda: linear_logprobs(z, z[:, :36], y),
+                 lambda: linear_kl(z, z, z, z.clone().requires_grad_())):
+        with pytest.raises(ValueError, match="token_|linear_"):
+            call()
+
+
+# --- through the head -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N, V, D, tile", [
+    (0, 37, 64, (4, 128, 8)),                   # nothing
+    (1, 2, 64, (1024, 16384, 8192)),            # the smallest, in one tile of the real size
+    (3, 300, 96, (1, 128, 2)),                  # tiles of one row; three slices, a ragged one
+    (17, 300, 64, (4, 128, 8)),                 # a ragged tile at every end, two additions to d weight
+    (17, 37, 96, (1024, 16384, 8192)),          # a tile larger than everything
+])
+def test_linear(path, N, V, D, tile, monkeypatch):
+    for name, value in zip(("HEIGHT", "WIDTH", "TALL"), tile):
+        monkeypatch.setattr(linear, name, value)
+    monkeypatch.setattr(linear, "CHUNK", tile[0] * V)
+    x, W, ref_x, ref_W = normal(N, D), normal(V, D, seed=1) / 4, normal(N, D // 2, seed=2), normal(V, D // 2, seed=3) / 4
+    y, g = tokens(N, V), normal(3, N, seed=4)
+    for more in ((), (ref_x, ref_W)):
+        out, grads = run(linear_stats, [x, W], y, *more, g=g)
+        exact, exact_grads = run(linear_truth, doubles(x, W), y, *doubles(*more), g=g.double())
+        plain, _ = run(linear_truth, [x, W], y, *more, g=g)
+        assert len(out) == len(exact)
+        for ours, theirs, right in zip(out, plain, exact):
+            assert ours.dtype == torch.float32 and ours.shape == (N,)
+            assert error(ours, right) <= max(5e-6, 3 * error(theirs, right))
+        for ours, right, like in zip(grads, exact_grads, (x, W)):
+            assert ours.dtype == like.dtype and ours.shape == like.shape and relative(ours, right) <= 5e-6
+        _, (dx,) = run(lambda x: linear_stats(x, W, y, *more), [x], g=g)              # frozen head
+        assert torch.equal(dx, grads[0])
+        _, (dW,) = run(lambda W: linear_stats(x, W, y, *more), [W], g=g)              # frozen trunk
+        assert torch.equal(dW, grads[1])
+    if N:
+        assert torch.equal(linear_logprobs(x, W, y)[0], out[0]) and torch.equal(linear_kl(x, W, ref_x, ref_W), out[2])
+
+
+@pytest.mark.parametrize("distance", [0.05, 0.005, 0.0])
+def test_linear_small_kl(path, tiny_tiles, distance):
+    """The chain rule over slices of the vocabulary keeps a small KL right, never negative, and 0 where it is 0."""
+    x, W = normal(5, 64), normal(300, 64, seed=1) / 4
+    ref_x = x + distance * normal(5, 64, seed=2)
+    exact = truth(x.double() @ W.double().T, tokens(5, 300), ref_x.double() @ W.double().T)[2]
+    (kl,), grads = run(lambda x, W: linear_kl(x, W, ref_x, W.detach()), [x, W], g=torch.ones(1, 5, device=DEVICE))
+    assert kl.min() >= 0 and ((kl - exact).abs() <= 1e-9 + 1e-3 * exact).all()
+    if distance == 0:
+        assert (kl == 0).all() and all((d == 0).all() for d in grads)
+
+
+def test_linear_masked_vocabulary(monkeypatch):
+    """A slice of the vocabulary that no one can say, in the policy or in both, adds nothing and breaks nothing."""
+    monkeypatch.setattr(kernels, "PATH", "triton")
+    monkeypatch.setattr(linear, "WIDTH", 16)
+    z, r, y = normal(3, 37), normal(3, 37, seed=1), tokens(3, 37)
+    z[:, 16:32] = -torch.inf
+    r[0, 16:32] = -torch.inf
+    y = torch.where(y // 16 == 1, 0, y)
+    monkeypatch.setattr(linear, "logits", lambda x, start, weight: x[:, weight[0, 0].int():][:, :len(weight)].contiguous())
+    column = torch.arange(37.0, device=DEVICE)[:, None]
+    logprobs, entropy, stats, kl, mean_d, _ = linear.forward(z, column, y, r, column, torch.float32)
+    keep = [*range(16), *range(32, 37)]
+    exact = truth(z[:, keep].double(), torch.where(y >= 32, y - 16, y), r[:, keep].double())
+    assert error(logprobs, exact[0]) <= 2e-6 and error(entropy, exact[1]) <= 2e-6
+    assert abs(kl[0] - exact[2][0]) <= 1e-5
+    assert kl.isfinite().all() and mean_d.isfinite().all() and stats.isfinite().all()
+
+
+def test_linear_accumulates_in_float32(path, monkeypatch):
+    """Half-precision weights: d weight from 16 tiles is as good as from one, and rounded once."""
+    x, W = normal(64, 64).bfloat16(), (normal(37, 64, seed=1) / 8).bfloat16()
+    y, g = tokens(64, 37), torch.ones(2, 64, device=DEVICE)
+    _, (_, exact) = run(linear_truth, doubles(x, W), y, g=g.double())
+    errors = []
+    for height in (64, 4):
+        for name, value in dict(HEIGHT=height, TALL=height, CHUNK=height * 37).items():
+            monkeypatch.setattr(linear, name, value)
+        (logprobs, _), (dx, dW) = run(linear_stats, [x, W], y, g=g)
+        assert logprobs.dtype == torch.float32 and dx.dtype == dW.dtype == torch.bfloat16
+        errors.append(relative(dW, exact))
+    assert errors[1] <= 1.1 * errors[0] and errors[0] < 1e-2
+
+
+def test_linear_under_autocast(path, tiny_tiles):
+    """Operands rounded to bfloat16, logits and d weight of a float32 head in float32."""
+    x, W, y, g = normal(9, 64), normal(37, 64, seed=1) / 8, tokens(9, 37), torch.ones(2, 9, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, (dx, dW) = run(linear_stats, [x, W], y, g=g)
+    exact, (_, exact_dW) = run(linear_truth, doubles(x.bfloat16(), W.bfloat16()), y, g=g.double())
+    assert dx.dtype == dW.dtype == torch.float32
+    assert error(out[0], exact[0]) <= 5e-6 and error(out[1], exact[1]) <= 5e-6
+    assert relative(dW, exact_dW) <= 1e-2       # G and its operands are bfloat16
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes of tensors made inside the block that were alive at one time."""
+
+    def __enter__(self):
+        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        mine = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and id(t.untyped_storage()) not in mine and t.untyped_storage() not in self.seen:
+                storage = t.untyped_storage()
+                self.seen.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.release, storage.nbytes())
+        return out
+
+    def release(self, nbytes):
+        self.live -= nbytes
+
+
+GiB = 2 ** 30
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])        # under autocast a copy of each would be 0.43 GiB
+def test_peak_memory_of_the_head(monkeypatch, reference, weights):
+    """N = 8192, V = 151936, D = 1536 on the meta device: all tensors of both passes, no arithmetic."""
+    N, V, D = 8192, 151936, 1536
+
+    class NoKernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    def product(a, b, out=None, add=False):                                 # CUDA's: the operands as they are
+        return out if out is not None else a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+    monkeypatch.setattr(linear, "product", product)
+    for module in (logprob, kl):
+        monkeypatch.setattr(module, "forward_kernel", NoKernel())
+        monkeypatch.setattr(module, "backward_kernel", NoKernel())
+    meta = dict(device="meta")
+    x, W = torch.empty(N, D, dtype=torch.bfloat16, **meta), torch.empty(V, D, dtype=weights, **meta)
+    y, g = torch.zeros(N, dtype=torch.long, **meta), torch.empty(3, N, **meta)
+    ref = (x, W) if reference else (None, None)
+    with PeakMemory() as forward:
+        _, entropy, stats, _, mean_d, ref_stats = linear.forward(x, W, y, *ref, torch.bfloat16)
+    with PeakMemory() as backward:
+        dx, dW = linear.gradient(x, W, y, *ref, entropy, stats, mean_d, ref_stats, *g, torch.bfloat16, False)
+    gradients = dx.nbytes + dW.nbytes
+    print(f"\npeak beyond inputs and gradients: forward {forward.peak / GiB:.2f} GiB, "
+          f"backward {(backward.peak - gradients) / GiB:.2f} GiB")
+    assert 0.05 < forward.peak / GiB <= 0.5 and 0.2 < (backward.peak - gradients) / GiB <= 1
+
+
+def test_peak_memory_of_plain_torch():
+    """The chunks of the torch path: a few copies of one chunk of logits, never of all."""
+    N, V, D = 8192, 151936, 64
+    x, W = (torch.empty(n, D, device="meta", requires_grad=True) for n in (N, V))
+    y = torch.zeros(N, dtype=torch.long, device="meta")
+    with PeakMemory() as memory:
+        logprobs, entropy, kl = linear.linear_chunks(x, W, y, x.detach(), W.detach())
+        (logprobs + entropy + kl).sum().backward()
+    assert memory.peak < 25 * 4 * linear.CHUNK < 4 * N * V / 2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("reference", [False, True])
+def test_peak_memory_on_the_gpu(reference):
+    N, V, D = 8192, 151936, 1536
+    x, W, ref_x = (torch.randn(n, D, device=DEVICE, dtype=d) for n, d in ((N, torch.bfloat16), (V, torch.float32), (N, torch.bfloat16)))
+    ref_W, y = torch.randn(V, D, device=DEVICE, dtype=torch.bfloat16), torch.randint(0, V, (N,), device=DEVICE)
+    x.requires_grad_(), W.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = linear_stats(x, W, y, *((ref_x, ref_W) if reference else ()))
+    sum(o.sum() for o in out if o is not None).backward()
+    gradients = x.grad.nbytes + W.grad.nbytes
+    assert (torch.cuda.max_memory_allocated() - before - gradients) / GiB <= 1
+
+
+# --- what holds for all -----------------------------------------------------------------------------------------------
+
+
+def test_repeatable_and_independent_of_the_batch(path, tiny_tiles):
+    """The same call twice, and a row among others and alone, give the same bits."""
+    z, r, y = normal(5, 1001), normal(5, 1001, seed=1), tokens(5, 1001)
+    x, W = normal(5, 64), normal(300, 64, seed=2) / 4
+    calls = {"rows": lambda i: (*token_logprobs(z[i], y[i]), token_kl(z[i], r[i])),
+             "head": lambda i: linear_stats(x[i], W, y[i] % 300, x[i] + 0.1, W)}
+    everything, permuted = torch.arange(5, device=DEVICE), torch.tensor([3, 0, 4, 1, 2], device=DEVICE)
+    for name, call in calls.items():
+        for a, b, c, d in zip(call(everything), call(everything), call(permuted), call(everything[4:])):
+            assert torch.equal(a, b)
+            if path == "triton":                # torch's own products promise nothing
+                assert torch.equal(a[permuted], c) and torch.equal(a[4:], d), name
+
+
+def test_everything_is_written_and_nothing_else():
+    """Outputs full of NaN come back without one, and the NaN around them stay."""
+    V, y = 37, tokens(3, 37)
+    z, r = normal(3, V), normal(3, V, seed=1)
+    boxes = {name: torch.full((5, width), torch.nan, device=DEVICE)
+             for name, width in dict(logprob=1, entropy=1, stats=2, ref_stats=2, kl=1, mean_d=1, dz=V, both=V).items()}
+    inner = {name: box[1:4] for name, box in boxes.items()}
+    sizes, g = dict(BLOCK=64, num_warps=4), torch.ones(3, device=DEVICE)
+    lp, H = inner["logprob"], inner["entropy"]
+    logprob.forward_kernel[(3,)](z, y, lp, H, inner["stats"], V, V, Q=2, **sizes)
+    logprob.forward_kernel[(3,)](r, y, torch.empty_like(g), torch.empty_like(g), inner["ref_stats"], V, V, Q=2, **sizes)
+    kl.forward_kernel[(3,)](z, r, inner["stats"], inner["ref_stats"], inner["kl"], inner["mean_d"], V, V, V, **sizes)
+    logprob.backward_kernel[(3,)](z, y, inner["stats"], H, g, g, inner["dz"], V, V, **sizes)
+    kl.backward_kernel[(3,)](z, r, inner["stats"], inner["ref_stats"], inner["mean_d"], g, y, H, g, g, inner["both"],
+                             V, V, V, LOGPROBS=True, **sizes)
+    for name, box in boxes.items():
+        assert not box[1:4].isnan().any() and box[0].isnan().all() and box[4].isnan().all(), name
+
+
+def test_offsets_beyond_int32(monkeypatch):
+    """Rows 1.2e9 elements apart: the third starts beyond 2^31. The memory between them is never touched."""
+    monkeypatch.setattr(kernels, "PATH", "triton")
+    V, stride = 37, 1_200_000_000
+    z = torch.empty(2 * stride + V, dtype=torch.bfloat16, device=DEVICE).as_strided((3, V), (stride, 1))
+    z.copy_(normal(3, V))
+    r, y = normal(3, V, seed=1), tokens(3, V)
+    out = *logprob.launch_forward(z, y)[:2], token_kl(z, r), token_kl(r, z)
+    exact = *truth(z.double(), y), truth(z.double(), y, r.double())[2], truth(r.double(), y, z.double())[2]
+    assert all(error(ours, right) <= 1e-5 for ours, right in zip(out, exact))
+    stats, H, g = logprob.launch_forward(z, y)[2], out[1], torch.ones(3, device=DEVICE)
+    dz = logprob.launch_backward(torch.empty(3, V, device=DEVICE), z, y, stats, H, g, g)
+    _, (exact_dz,) = run(truth, [z.double().contiguous()], y, g=torch.ones(2, 3, device=DEVICE))
+    assert error(dz, exact_dz) <= 2e-6
+
+
+def test_targets_out_of_range(monkeypatch):
+    """Where an error would have to wait for the GPU the log-prob is NaN; plain torch raises."""
+    monkeypatch.setattr(kernels, "PATH", "triton")
+    logprobs, entropy = token_logprobs(normal(3, 37), torch.tensor([-1, 5, 37], device=DEVICE))
+    assert logprobs.isnan().tolist() == [True, False, True] and entropy.isfinite().all()
+    monkeypatch.setattr(linear, "WIDTH", 16)
+    logprobs, _ = linear_logprobs(normal(3, 8), normal(37, 8), torch.tensor([-1, 5, 37], device=DEVICE))
+    assert logprobs.isnan().tolist() == [True, False, True]
+
+
+def test_references():
+    """The plain torch that a reader compares the kernels with: its own gradients, and its values in float64."""
+    z, r, y = normal(3, 11).double().requires_grad_(), normal(3, 11, seed=1).double(), tokens(3, 11)
+    assert torch.autograd.gradcheck(lambda z: logprob.logprobs_reference(z, y), z)
+    assert torch.autograd.gradcheck(lambda z: kl.kl_reference(z, r), z)
+    for ours, right in zip((*token_logprobs(z, y), kl.kl_reference(z, r)), truth(z, y, r)):
+        assert error(ours, right) <= 1e-6
+
+
+def test_opcheck(tiny_tiles):
+    z, r, y, g = normal(3, 37), normal(3, 37, seed=1), tokens(3, 37), normal(3, seed=2)
+    x, W = normal(3, 8), normal(37, 8, seed=3)
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    lp, H, stats = logprob.logprobs_op(z, y)
+    _, mean_d = kl.kl_op(z, r, stats, stats)
+    trained = [t.clone().requires_grad_() for t in (x, W)]
+    for op, args in ((logprob.logprobs_op, (z.clone().requires_grad_(), y)), (logprob.gradient_op, (z, y, stats, H, g, g)),
+                     (kl.kl_op, (z.clone().requires_grad_(), r, stats, stats)),
+                     (kl.gradient_op, (z, r, stats, stats, mean_d, g)),
+                     (linear.linear_op, (*trained, y, x, W, torch.float32)),
+                     (linear.linear_op, (*trained, y, None, None, torch.float32)),
+                     (linear.gradient_op, (x, W, y, x, W, H, stats, mean_d, stats, g, g, g, torch.float32, True))):
+        torch.library.opcheck(op, args, test_utils=checks)
+
+
+def test_compile_does_not_break_the_graph(path, tiny_tiles):
+    """One graph, the same numbers, and a new number of rows compiles once more and then never again."""
+
+    def loss(x, W, y, ref_x, r):
+        logprobs, entropy, kl = linear_stats(x, W, y, ref_x, W.detach())
+        rows = sum(token_logprobs(x @ W.T, y)) + token_kl(x @ W.T, r)
+        return (logprobs - 0.1 * entropy + kl + rows).sum()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for N in (5, 7, 6):
+        x, W = normal(N, 8).requires_grad_(), normal(37, 8, seed=1).requires_grad_()
+        fixed = tokens(N, 37), normal(N, 8, seed=2), normal(N, 37, seed=3)
+        for a, b in zip(torch.autograd.grad(loss(x, W, *fixed), (x, W)), torch.autograd.grad(compiled(x, W, *fixed), (x, W))):
+            assert (a - b).abs().max() <= 1e-5
+    if path == "triton":                        # the plain path is unrolled over its chunks
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_only_block_sizes_and_flags_are_constexpr():
+    """A length that is constexpr compiles again for every new length."""
+    for kernel in (logprob.forward_kernel, logprob.backward_kernel, kl.forward_kernel, kl.backward_kernel):
+        constants = {name for name, p in inspect.signature(kernel.fn).parameters.items() if p.annotation is not p.empty}
+        assert constants <= {"BLOCK", "Q", "LOGPROBS"}
+
+
+PROGRAM = """
+import sys
+if {no_triton}:
+    sys.modules["triton"] = None
+import kernels, torch
+z = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+lp, H = kernels.token_logprobs(z, torch.tensor([0, 4]))
+print(kernels.PATH, type(kernels.logprob.forward_kernel).__name__, round(lp.sum().item(), 4))
+"""
+
+
+def program(no_triton=False, **env):
+    env = {k: v for k, v in os.environ.items() if k not in ("KERNELS", "TRITON_INTERPRET")} | env
+    return subprocess.Popen([sys.executable, "-c", PROGRAM.format(no_triton=no_triton)], cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is for machines without a GPU")
+def test_environment_variable():
+    programs = program(KERNELS="triton"), program(no_triton=True), program(KERNELS="cuda"), program(True, KERNELS="triton")
+    forced, plain, wrong, missing = (p.communicate() for p in programs)
+    assert forced[0].split()[:2] == ["triton", "InterpretedFunction"], forced[1]
+    assert plain[0].split()[0] == "function", plain[1]                          # a machine without Triton
+    assert forced[0].split()[-1] == plain[0].split()[-1]
+    assert "KERNELS=cuda: must be torch, triton or unset" in wrong[1]
+    assert "this path needs triton" in missing[1]
