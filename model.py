@@ -181,13 +181,13 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         c = self.config = config
-        self.embed = nn.Parameter(torch.randn(c.vocab_size, c.n_embd) * config.init_std)
-        learned = c.positions == "learned"
-        self.register_parameter("positions", nn.Parameter(torch.randn(c.max_len, c.n_embd) * config.init_std) if learned else None)
+        self.embed = nn.Parameter(torch.randn(c.vocab_size, c.n_embd) * c.init_std)
+        places = nn.Parameter(torch.randn(c.max_len, c.n_embd) * c.init_std) if c.positions == "learned" else None
+        self.register_parameter("positions", places)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.Parameter(torch.ones(c.n_embd))
         self.register_parameter("norm_bias", nn.Parameter(torch.zeros(c.n_embd)) if c.norm == "layer" else None)
-        own_head = None if c.tied_head else nn.Parameter(torch.randn(c.vocab_size, c.n_embd) * config.init_std)
+        own_head = None if c.tied_head else nn.Parameter(torch.randn(c.vocab_size, c.n_embd) * c.init_std)
         self.register_parameter("head", own_head)
         self.value_head = nn.Linear(c.n_embd, 1) if c.value_head else None
 
@@ -219,6 +219,11 @@ class GPT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
+# steps between looks at who has ended, the share of the rows that must have gone before the others close up, and the
+# columns by which the visible cache grows. On CUDA a look is a sync and a new shape is a new graph; on a CPU both are free
+SCHEDULE = dict(cpu=(1, 0, 8), cuda=(32, 0.5, 256))
+
+
 def decoding_weights(gpt: GPT, dtype):
     """The same names as in gpt, detached, the matrices in dtype: attribute look-ups and casts are paid once a call."""
     def lean(module):
@@ -245,7 +250,7 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
 
 def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
     c, device = gpt.config, gpt.embed.device
-    on_cuda = device.type == "cuda"
+    on_cuda, (look_every, gone_share, granule) = device.type == "cuda", SCHEDULE[device.type]
     longest = max(map(len, prompts), default=0)
     if not prompts or not all(prompts) or max_new_tokens < 1:
         raise InputError("generate: an empty prompt, or no prompt, or max_new_tokens below 1")
@@ -319,8 +324,8 @@ def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
     def drop_ended(n):
         """Swap ended rows behind those that go on; the number of the latter. The only device-to-host sync of the loop."""
         left = int(alive[:n].sum())
-        if left == n or (on_cuda and left > n // 2):    # a new n is a new CUDA graph: only when it halves the work
-            return n if left else 0
+        if left == n or n - left < gone_share * n:
+            return n
         holes, movers = (~alive[:left]).nonzero()[:, 0], alive[left:n].nonzero()[:, 0] + left
         here, there = torch.cat((holes, movers)), torch.cat((movers, holes))
         for x in (tokens, lengths, alive, order):
@@ -334,7 +339,7 @@ def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
         hidden = trunk(c, w, padded, torch.arange(longest, device=device)[None], rope, prefill_attention)
         ends = hidden[torch.arange(len(distinct), device=device), prompt_lengths - 1]
         add_tokens(B, ends[source])
-        n, done, shape, granule = drop_ended(B), 1, None, 256 if on_cuda else 8
+        n, done, shape = drop_ended(B), 1, None
         while n and done < max_new_tokens:
             columns = min(width, math.ceil((longest + done) / granule) * granule)
             if shape != (n, columns):
@@ -342,7 +347,7 @@ def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
                 if on_cuda:
                     step = record(step)
                     done += 1                           # recording made one step
-            for _ in range(min(32 if on_cuda else 1, columns - longest - done + 1, max_new_tokens - done)):
+            for _ in range(min(look_every, columns - longest - done + 1, max_new_tokens - done)):
                 step()
                 done += 1
             n = drop_ended(n)

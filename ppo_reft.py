@@ -38,7 +38,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+import warnings
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -49,16 +50,18 @@ from tqdm import tqdm
 from kernels import linear_kl, linear_logprobs
 from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_checkpoint, generate
 
-METHODS = {"reft": "warm-up, then PPO", "sft": "warm-up, then as many optimiser steps of supervised training, or more"}
+METHODS = ("reft", "sft", "offline-st", "online-st")
 
 
 @dataclass
 class Args:
     # run
-    method: str = "reft"             # reft | sft (the baseline)
+    method: str = "reft"             # reft | sft, offline-st (self-training), online-st: the paper's baselines
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; empty: the built-in problems
     eval_data: str = ""              # test set in the same form; needed with --train-data
+    problems: str = "numeric"        # built-in problems: numeric | choice (five options, the answer is a letter)
+    cot: str = "text"                # rationales are text (N-CoT) | program (P-CoT: Python, run in a sandbox)
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
     device: str = "auto"             # cpu | cuda | auto
@@ -67,7 +70,9 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems
+    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
+    operations_low: int = 3          # fewest operations of a built-in dev or test problem
+    operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
     warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0 with --model: take the checkpoint as it is
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
@@ -87,10 +92,18 @@ class Args:
     vf_coef: float = 5.0             # alpha; paper: 5 (times the 1/2 of F8)
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: str = "k1"                   # k1: sampled log-ratio in the reward (authors' code) | exact: its conditional mean
+    value: str = "shared"            # the value head sits on the policy's trunk: shared (paper) | on one of its own: separate
     whiten: bool = True              # F6; authors' code
     partial_reward: float = 0.1      # reward of a wrong number where the right answer is a number; paper: 0.1
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
+    # self-training and reranking
+    samples: int = 4                 # of the warm-up model per training question, T = 1; paper: 100
+    keep: int = 10                   # at most so many right ones, all different, join the demonstrations; paper: 10
+    rerank_epochs: int = 3           # of the reranker over those samples, labelled right or wrong; paper: 3
+    rerank_lr: float = 5e-4          # falls linearly; paper: 1e-6 (7B)
     # reports
+    vote_k: int = 0                  # also vote among so many samples per test problem; paper: 100
+    rerank: bool = False             # also train the reranker, and let it choose among the same samples
     strict: bool = False             # read answers as the authors do: a bare float() of all that follows "the answer is:"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
     eval_every: int = 5              # iterations between greedy evaluations on the dev split, which choose the checkpoint
@@ -101,33 +114,44 @@ class Args:
 # ---- data and reward ---------------------------------------------------------------------------------------------------------
 
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
-ANSWER = "\nTherefore, the answer is: "   # closes a demonstration, followed by the answer
+PROGRAM = 'def solution():\n    """{question}"""\n    '     # opens a rationale that is a program
+ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
 TRIGGER = ANSWER                          # the last one in a response announces its answer
 NUMBER = r"[-+]?\$?[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
 
 
-def builtin_record(rng, operations):
-    """A problem in GSM8K's form: a chain of additions and subtractions that stays between 0 and 19, one step a line. Annotators
-    have two styles: a careful one does one operation a line; a hasty one, more common on long chains, does four at once, which
-    is right in the data but hard to do in one's head. Supervised training copies the mixture; reinforcement learning finds out
-    which style is right more often."""
-    start, signs, numbers, totals = rng.randrange(20), [], [], []
+def builtin_record(rng, operations, args):
+    """A problem in ReFT's form: a chain of additions and subtractions that stays between 0 and 19, one step a line. Annotators
+    have two styles: a careful one does one operation a line; a hasty one, more common on long chains, does four at once (as a
+    program: writes down what they give), which is right in the data but hard to do in one's head. Supervised training copies
+    the mixture; reinforcement learning finds out which style is right more often."""
+    totals, chain = [rng.randrange(20)], []
     for _ in range(operations):
-        number, total = rng.randint(1, 9), totals[-1] if totals else start
-        sign = rng.choice([s for s in (1, -1) if 0 <= total + s * number < 20])
-        signs, numbers, totals = signs + ["+" if sign > 0 else "-"], numbers + [number], totals + [total + sign * number]
-    chain = [f" {sign} {number}" for sign, number in zip(signs, numbers)]
+        number = rng.randint(1, 9)
+        sign = rng.choice([sign for sign in (1, -1) if 0 <= totals[-1] + sign * number < 20])
+        chain, totals = chain + [f" {'+' if sign > 0 else '-'} {number}"], totals + [totals[-1] + sign * number]
     stride = 1 if rng.random() < (0.7 if operations <= 3 else 0.3) else 4
-    lines = [f"{([start] + totals)[i]}{''.join(chain[i:i + stride])} = {totals[min(i + stride, operations) - 1]}"
-             for i in range(0, operations, stride)]
-    return {"question": f"What is {start}{''.join(chain)}?", "answer": "\n".join(lines) + f"\n#### {totals[-1]}"}
+    stops = [*range(stride, operations, stride), operations]              # the operations after which a line ends
+    starts, question, answer = [0] + stops[:-1], f"What is {totals[0]}{''.join(chain)}?", f"{totals[-1]}"
+    if args.problems == "choice":
+        options = rng.sample([n for n in range(20) if n != totals[-1]], 4)
+        options.insert(rng.randrange(5), totals[-1])
+        question += "\n" + " , ".join(f"{letter} ) {option}" for letter, option in zip("abcde", options))
+        answer = "abcde"[options.index(totals[-1])]
+    if args.cot == "text":
+        cot = "\n".join(f"{totals[i]}{''.join(chain[i:j])} = {totals[j]}" for i, j in zip(starts, stops))
+    else:
+        lines = [f"x = {totals[i] if i == 0 else 'x'}{chain[i]}" if stride == 1 else f"x = {totals[j]}" for i, j in zip(starts, stops)]
+        value = f'"{answer}"' if args.problems == "choice" else "x"
+        cot = "\n    ".join([PROGRAM.format(question=question) + lines[0], *lines[1:], f"return {value}"])
+    return {"question": question, "answer_cot": cot, "answer_value": answer}
 
 
-def builtin_records(n, low, high, seed, without=()):
+def builtin_records(n, low, high, seed, args, without=()):
     """n built-in problems of low to high operations, the same for the same seed; none asks a question of `without`."""
     rng, seen, records = random.Random(seed), {r["question"] for r in without}, []
     while len(records) < n:
-        record = builtin_record(rng, rng.randint(low, high))
+        record = builtin_record(rng, rng.randint(low, high), args)
         if record["question"] not in seen:
             records.append(record)
     return records
@@ -136,7 +160,7 @@ def builtin_records(n, low, high, seed, without=()):
 def builtin_tokenizer():
     """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
     return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
-                                 + [ANSWER, "What is ", "?", " + ", " - ", " = ", "\n"])
+                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n", *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
 
 
 def read_records(path):
@@ -167,11 +191,14 @@ def parse_record(raw, where, args):
     if not isinstance(raw, dict) or not isinstance(raw.get("question"), str):
         raise InputError(f"{where}: a record needs a text `question`")
     if "answer_value" in raw:                                        # ReFT; its closing sentence gives way to ours
-        cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", str(raw.get("answer_cot", "")))
+        cot = str(raw.get("answer_cot") or "")
+        cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", cot) if args.cot == "text" else cot
         answer = str(raw["answer_value"]).strip()
     elif isinstance(raw.get("answer"), str) and "####" in raw["answer"]:
         cot, _, answer = raw["answer"].rpartition("####")            # GSM8K
         answer = answer.strip().replace(",", "")
+        if args.cot == "program":
+            raise InputError(f"{where}: --cot program needs ReFT's form with a program in answer_cot")
     else:
         raise InputError(f"{where}: neither GSM8K's form (question, answer with a line '#### y') "
                          "nor ReFT's (question, answer_cot, answer_value)")
@@ -187,9 +214,10 @@ def load_problems(args):
     """Train, dev and test records. Built-in ones are always the same and share no question between the splits. Of a file's
     training questions 10 %, at most 500, become the dev split; a question asked twice stays on one side."""
     if not args.train_data:
-        dev = builtin_records(args.eval_size, 3, 6, seed=1)
-        test = builtin_records(args.eval_size, 3, 6, seed=2, without=dev)
-        train = builtin_records(args.train_size, 1, 6, seed=3, without=dev + test)
+        low, high = args.operations_low, args.operations_high
+        dev = builtin_records(args.eval_size, low, high, 1, args)
+        test = builtin_records(args.eval_size, low, high, 2, args, without=dev)
+        train = builtin_records(args.train_size, 1, high, 3, args, without=dev + test)
         return [[parse_record(r, "built-in", args) for r in split] for split in (train, dev, test)]
     train = [parse_record(raw, where, args) for where, raw in read_records(args.train_data)]
     test = [parse_record(raw, where, args) for where, raw in read_records(args.eval_data)][:args.eval_size]
@@ -198,17 +226,32 @@ def load_problems(args):
     held_out = set(questions[:min(500, len(questions) // 10)])
     dev = [r for r in train if r["question"] in held_out][:args.eval_size]
     # a rationale that only points to an earlier question ("already answered ... the answer is <4>") demonstrates nothing
-    train = [r for r in train if r["question"] not in held_out and r["cot"] and "answer is <" not in r["cot"]]
+    train = [r for r in train if r["question"] not in held_out and r["cot"] and (args.cot == "program" or "answer is <" not in r["cot"])]
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     return train, dev, test
 
 
-def encode_record(record, tokenizer):
-    """Adds the token ids: "prompt", "given" (what of the response is given before the policy goes on: nothing here), and
-    "response", the demonstration with its end token."""
-    return record | {"prompt": tokenizer.encode(PROMPT.format(question=record["question"])), "given": [],
-                     "response": tokenizer.encode(f"{record['cot']}{ANSWER}{record['answer']}") + [tokenizer.eos_id]}
+def tokens_within(ids, tokenizer, end):
+    """How many leading ids lie within the first `end` bytes of their text; a token across that place does not."""
+    count = length = 0
+    for token in ids:
+        length += len(tokenizer.token_bytes(token))
+        if length > end:
+            break
+        count += 1
+    return count
+
+
+def encode_record(record, tokenizer, args):
+    """Adds the token ids: "prompt"; "given", what of the response is given before the policy goes on (a program's def line and
+    docstring, cut from the ids of a whole program so that the seam is the demonstrations'); "response", with its end token."""
+    prompt, given, target = PROMPT.format(question=record["question"]), [], f"{record['cot']}{ANSWER}{record['answer']}"
+    if args.cot == "program":
+        target, header = record["cot"], PROGRAM.format(question=record["question"])[:-len("    ")]
+        given = tokenizer.encode(header + "    x = 0")
+        given = given[:tokens_within(given, tokenizer, len(header.encode()))]
+    return record | {"prompt": tokenizer.encode(prompt), "given": given, "response": tokenizer.encode(target) + [tokenizer.eos_id]}
 
 
 def parse_number(text):
@@ -222,21 +265,30 @@ def parse_number(text):
     return value if math.isfinite(value) else None
 
 
-def read_answer(text, problem, args):
-    """The answer that a response announces: a float, a letter where the problem is multiple choice, None if there is none."""
-    _, found, answer = text.rpartition(TRIGGER)
-    answer = answer.strip().split("\n")[0]
-    if not found:
-        return None
-    if isinstance(problem["gold"], str):
-        letters = re.findall(r"[a-z]+", answer.lower())
-        return letters[0] if len(letters) == 1 and len(letters[0]) == 1 else None
-    if not args.strict:
-        return parse_number(answer)
-    try:
-        return float(answer)
-    except ValueError:
-        return None
+def read_letter(text):
+    """The only letter of text, lower-case; None if there is more or less than one."""
+    letters = re.findall(r"[a-z]+", text.lower())
+    return letters[0] if len(letters) == 1 and len(letters[0]) == 1 else None
+
+
+def read_answers(texts, problems, args):
+    """The answer of each response: a float, a letter where the problem is multiple choice, None if there is none. A response in
+    words announces it after the last TRIGGER; a program is run."""
+    if args.cot == "program":
+        found = run_programs(texts)
+    else:
+        found = [answer.strip().split("\n")[0] if trigger else None for _, trigger, answer in (t.rpartition(TRIGGER) for t in texts)]
+    answers = []
+    for answer, problem in zip(found, problems):
+        if isinstance(answer, str) and isinstance(problem["gold"], str):
+            answer = read_letter(answer)
+        elif isinstance(answer, str) and not args.strict:
+            answer = parse_number(answer)
+        elif isinstance(answer, str):
+            with suppress(ValueError):
+                answer = float(answer)
+        answers.append(answer if type(answer) is type(problem["gold"]) else None)
+    return answers
 
 
 def reward(answers, problems, args):
@@ -247,6 +299,189 @@ def reward(answers, problems, args):
             return float(answer == gold)
         return 1.0 if abs(answer - gold) <= 1e-2 else args.partial_reward                                            # F2
     return torch.tensor([outcome(answer, problem["gold"]) for answer, problem in zip(answers, problems)])
+
+
+# ---- sandbox -----------------------------------------------------------------------------------------------------------------
+
+CPU_SECONDS, WALL_SECONDS, MAX_CHARS = 3, 5, 1000          # limits of a program; of a string it returns so much is kept
+
+
+def system_call_filter():
+    """seccomp-BPF: a program may compute, and write to fds 0 to 3. Returns struct sock_fprog and the code to keep."""
+    import ctypes, os, struct
+    # mmap mprotect munmap brk rt_sigreturn sched_yield mremap madvise exit gettimeofday futex clock_gettime
+    # clock_getres exit_group getrandom; then the number of the architecture and write
+    calls = {"x86_64": (9, 10, 11, 12, 15, 24, 25, 28, 60, 96, 202, 228, 229, 231, 318, 0xC000003E, 1),
+             "aarch64": (222, 226, 215, 214, 139, 124, 216, 233, 93, 169, 98, 113, 114, 94, 278, 0xC00000B7, 64)}
+    *calls, arch, write = calls[os.uname().machine]
+    load, equal, greater, end, allow, deny = 0x20, 0x15, 0x25, 0x06, 0x7FFF0000, 0x00050001    # deny: fails with EPERM
+    code = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, deny), (load, 0, 0, 0)]         # 0: call, 4: arch, 16: fd
+    code += [line for call in calls for line in ((equal, 0, 1, call), (end, 0, 0, allow))]
+    code += [(equal, 0, 2, write), (load, 0, 0, 16), (greater, 0, 1, 3), (end, 0, 0, deny), (end, 0, 0, allow)]
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    return struct.pack("HP", len(code), ctypes.addressof(buffer)), buffer
+
+
+def program_helper():
+    """The whole helper process: one request on stdin; on stdout a line `[index, what it wrote]` for each program."""
+    import ast, builtins, ctypes, gc, importlib, json, math, numbers, os, resource, select, signal, sys, time
+    import unicodedata                                      # the parser loads it for names such as größe
+    from contextlib import suppress
+
+    request, linux, bpf = json.load(sys.stdin), sys.platform == "linux", None
+    allowed = """__future__ _strptime array bisect calendar cmath collections copy dataclasses datetime decimal enum
+        fractions functools hashlib heapq itertools math numbers operator random re statistics string sympy sys time
+        typing""".split()
+    for name in allowed:                                    # now, since a program cannot open files
+        if any(name.strip("_") in text for text in request["programs"]):
+            with suppress(ImportError):
+                importlib.import_module(name)
+    if "sympy" in sys.modules:
+        for name in "solve", "solveset", "simplify", "integrate":           # it imports its parts when first needed
+            getattr(sys.modules["sympy"], name)("x**2 - 4")
+
+    if linux:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl.argtypes = [ctypes.c_ulong, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong]
+        libc.unshare(0x40000000 | (0x10000000 if os.geteuid() else 0))      # own network; users need a user namespace
+    if os.geteuid() == 0:                                   # root is exempt from the limit on processes
+        with suppress(OSError):
+            os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    if linux:
+        for option, value in (38, 1), (4, 0), (1, 9):       # no new privileges, not dumpable, dies with the trainer
+            libc.prctl(option, value, None, 0, 0)
+        with suppress(KeyError):                            # another architecture
+            if libc.prctl(22, 2, None, 0, 0) and ctypes.get_errno() == 14:  # EFAULT: filters exist, none at address 0
+                bpf, buffer = system_call_filter()
+    if not bpf:
+        print(json.dumps([None, f"{sys.platform} {os.uname().machine}"]), flush=True)
+
+    def limited_import(name, *args, load=builtins.__import__, **kwargs):
+        if name.split(".")[0] not in allowed:
+            raise ImportError(name)
+        return load(name, *args, **kwargs)
+
+    def run_program(text, pipe):
+        os.setsid()
+        for fd in 0, 1, 2:
+            os.dup2(null, fd)
+        os.dup2(pipe, 3), os.closerange(4, 1024)
+        for name, limit in dict(CPU=request["cpu"], AS=512 << 20, FSIZE=0, CORE=0, NPROC=0, NOFILE=4).items():
+            with suppress(ValueError, OSError):             # macOS refuses AS
+                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        if linux and (libc.prctl(1, 9, None, 0, 0) or bpf and libc.prctl(22, 2, bpf, 0, 0)):   # 1: dies with the helper
+            return
+        if "random" in sys.modules:
+            sys.modules["random"].seed(0)                   # the same value in each run (see also PYTHONHASHSEED)
+        lines, tree = text.split("\n"), None
+        while lines and not tree:                           # the longest prefix of lines that parses
+            try:
+                tree = ast.parse("\n".join(lines))
+            except Exception as error:                      # no prefix that holds the wrong line parses
+                del lines[min(len(lines), getattr(error, "lineno", 0) or len(lines)) - 1:]
+        kept = ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign, ast.AnnAssign
+        tree.body = [n for n in tree.body if isinstance(n, kept) and getattr(n, "value", n)]   # not prose `Note: x`
+        names = {k: v for k, v in vars(builtins).items() if k not in ("open", "input", "breakpoint")}
+        scope = {"__builtins__": names | {"__import__": limited_import}, "__name__": "__main__", "math": math}
+        exec(compile(tree, "program", "exec"), scope)
+        value = scope["solution"]()
+        if isinstance(value, str):
+            value = value[:request["chars"]]
+        elif isinstance(value, numbers.Number) and not isinstance(value, bool) or hasattr(value, "is_number"):  # sympy
+            value = float(value)
+        os.write(3, json.dumps(value).encode())
+
+    null, room = os.open(os.devnull, os.O_RDWR), 16 * request["chars"]
+    gc.freeze()                                             # else a collection in a child copies every page
+    queue, running = list(enumerate(request["programs"]))[::-1], {}
+    while queue or running:
+        while queue and len(running) < request["workers"]:
+            (index, text), (reader, writer) = queue.pop(), os.pipe()
+            pid = os.fork()
+            if not pid:
+                try:
+                    run_program(text, writer)
+                finally:
+                    os._exit(0)
+            os.close(writer)
+            running[reader] = index, pid, time.monotonic() + request["wall"], b""
+        patience = min(deadline for _, _, deadline, _ in running.values()) - time.monotonic()
+        ready = select.select(running, [], [], max(0, patience))[0]
+        for reader, (index, pid, deadline, data) in list(running.items()):
+            part = os.read(reader, room) if reader in ready else b""
+            running[reader] = index, pid, deadline, data + part
+            if time.monotonic() > deadline or reader in ready and (not part or len(data + part) > room):
+                for kill in os.killpg, os.kill:             # first what it left behind, where the kernel let it
+                    with suppress(OSError):
+                        kill(pid, signal.SIGKILL)
+                status = os.waitpid(pid, 0)[1]              # not 0: ended by a limit
+                os.close(reader), running.pop(reader)
+                print(json.dumps([index, "" if status else (data + part).decode("latin-1")]), flush=True)
+
+
+# the text is taken now: the file may be edited while a run lasts
+PROGRAM_HELPER = "\n".join(map(inspect.getsource, (system_call_filter, program_helper))) + "\nprogram_helper()"
+
+
+def run_programs(programs: list[str]) -> list[float | str | None]:
+    """What `solution()` returns in each program: a float for a real number, a str, None for all else and for failures.
+
+    A program is the longest prefix of lines that parses, without top-level statements other than imports, definitions
+    and assignments. It is hostile text. Nothing of it runs in this process, which starts a fresh interpreter (the
+    helper: exec, no fork of ours) that forks a child for each program, a few at a time. Layers, in place before the
+    child looks at the text:
+      filter   the kernel refuses every system call but memory, clock, random numbers, exit, write to fds 0-3 (seccomp)
+      limits   3 s CPU, 5 s wall clock, then SIGKILL; 512 MB of memory; no file, process, thread or core dump
+      user     nobody if we are root; no new privileges, not dumpable; a network namespace of its own if allowed
+      fds      stdin, stdout and stderr are /dev/null, 3 is the pipe of the result, nothing else is open
+      names    imports from a list, no open, no input: for plain errors only; a program can get around this layer
+
+    endless loop, huge power, huge int to str, catastrophic regex    CPU limit
+    sleep, lock that never opens, SIGSTOP of itself                  filter, wall clock
+    memory bomb, deep recursion, crash of the interpreter            memory limit; only the child dies
+    fork bomb, exec, thread, daemon left behind                      filter, process limit, SIGKILL of the process group
+    files read, written, listed; full disk; the terminal             filter, file limits, user, own session
+    sockets                                                          filter, network namespace
+    signals, ptrace, /proc/PID/mem, process_vm_readv                 filter, user, not dumpable
+    the trainer's environment, memory and CUDA context               never in the helper, whose environment is empty
+    raised limits, ignored signals, closed descriptors               filter, hard limits; SIGKILL cannot be ignored
+    ctypes, gc, __subclasses__, patched builtins or json             touch the child alone, under filter and limits
+    any exception or exit, atexit, __del__, hostile value or class   made JSON in the child, which ends by _exit
+    forged, endless or malformed result                              32 kB of strict JSON at most, float or str, else
+                                                                     None: no more than it could have returned
+    Without the filter (macOS, processors other than x86-64 and ARM64, kernels without seccomp) a warning says so: there
+    a program that gets around `names` reads what the user can read, creates empty files, opens sockets (on Linux in its
+    own network) and signals the user's processes; macOS has no memory limit either. Run there what you would run bare.
+    """
+    values, workers = {}, min(os.cpu_count() or 1, 8)
+    # not -I, which ignores the hash seed: the order of a set is the same in each run
+    command = [sys.executable, "-s", "-P", "-W", "ignore", "-c", PROGRAM_HELPER]
+    env = {"PYTHONHASHSEED": "0"} | {k: v for k, v in os.environ.items() if k.endswith("LD_LIBRARY_PATH")}
+    for _ in range(2):                                      # again for what a helper that was killed left undone
+        todo = [i for i in range(len(programs)) if i not in values]
+        request = dict(programs=[programs[i] for i in todo], workers=workers,
+                       cpu=CPU_SECONDS, wall=WALL_SECONDS, chars=MAX_CHARS)
+        try:
+            lines = todo and subprocess.run(
+                command, input=json.dumps(request).encode(), stdout=subprocess.PIPE, env=env, cwd="/",
+                start_new_session=True, timeout=60 + WALL_SECONDS * (1 + len(todo) / workers)).stdout.splitlines()
+        except subprocess.TimeoutExpired as error:
+            lines = (error.output or b"").splitlines()
+        for line in lines:
+            with suppress(ValueError, TypeError, IndexError, RecursionError):            # unreadable: no value
+                index, result = json.loads(line)
+                if index is None:
+                    warnings.warn(f"no system-call filter on {result}: programs are less confined, see run_programs")
+                    continue
+                values[todo[index]] = None
+                value = json.loads(result)
+                if isinstance(value, str):                  # a lone surrogate would break the caller's print
+                    values[todo[index]] = value[:MAX_CHARS].encode("utf-8", "replace").decode()
+                if isinstance(value, float) and math.isfinite(value):
+                    values[todo[index]] = value
+    if len(values) < len(programs):
+        warnings.warn(f"the helper of run_programs died: {len(programs) - len(values)} programs have no value")
+    return [values.get(i) for i in range(len(programs))]
 
 
 # ---- rows, micro-batches and one optimiser step ------------------------------------------------------------------------------
@@ -410,7 +645,7 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     """One sampled response per problem, checked and scored: a dict of (B, T-1) tensors for the update, and a dict to log."""
     tokens, response_mask = generate(policy, [p["prompt"] + p["given"] for p in problems], args.max_new_tokens)
     texts = responses(tokens, response_mask, problems, tokenizer)
-    answers = [read_answer(text, problem, args) for text, problem in zip(texts, problems)]
+    answers = read_answers(texts, problems, args)
     outcomes = reward(answers, problems, args).to(tokens.device)
     data = {"tokens": tokens, "response_mask": response_mask}
     names = ("old_logprobs", "ref_logprobs", "old_values", "kl", "entropy")
@@ -430,7 +665,7 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     residual = (returns - scores["old_values"])[response_mask]
     explained = 1 - residual.var() / returns[response_mask].var()
     advantages, sigma = whiten(advantages, response_mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
-    data |= {"old_logprobs": scores["old_logprobs"], "old_values": scores["old_values"], "advantages": advantages,
+    data |= {"outcomes": outcomes, "old_logprobs": scores["old_logprobs"], "old_values": scores["old_values"], "advantages": advantages,
              "returns": returns, "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}   # k1's penalty is whitened too
     log = {"accuracy": (outcomes == 1).float().mean(), "outcome": outcomes.mean(),
            "unparsed": sum(answer is None for answer in answers) / len(answers),
@@ -480,39 +715,164 @@ def update(loss_of, data, optimizer, args):
     return {k: [p[k] for p in passes] if k == "clip_frac" else sum(p[k] for p in passes) / len(passes) for k in passes[0]}
 
 
-def sft_update(policy, rows, optimizer, iteration, args):
-    """The baseline's iteration: supervised steps on as many demonstrations as the other methods pass over rollouts, in
-    minibatches of the warm-up's size (so no fewer optimiser steps), at a learning rate that falls to 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = args.warmup_lr * (1 - iteration / args.iterations)
-    steps = max(1, args.ppo_epochs * args.batch_size // args.warmup_batch_size)
-    done = []
-    for i in range(iteration * steps, (iteration + 1) * steps):
+# ---- baselines: supervised training, self-training ---------------------------------------------------------------------------
+
+def sft_update(policy, rows, optimizer, iteration, steps, args):
+    """An iteration of supervised training: `steps` optimiser steps on a schedule, as the warm-up's, over all iterations."""
+    done, total = [], steps * args.iterations
+    for i in range((iteration - 1) * steps, iteration * steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.warmup_lr * min((i + 1) / (0.1 * total), (total - i) / (0.9 * total), 1.0)
         chosen = [rows[j] for j in draw(len(rows), args.warmup_batch_size, i, f"{args.seed} sft")]
         batch = pack(chosen, policy.config.pad_id, policy.head_weight.device)
         done.append(optimiser_step(functools.partial(sft_loss, policy), batch, optimizer, args))
     return {k: sum(step[k] for step in done) / steps for k in done[0]}
 
 
+def online_st_loss(policy, micro, minibatch):
+    """Half the mean of -log pi over the tokens of the right samples, half that over the demonstrations of the same questions."""
+    hidden, targets = sampled(policy, micro)
+    minus_logp = place(-linear_logprobs(hidden, policy.head_weight, targets)[0], micro["response_mask"]).sum(1)   # (B,)
+    count = minibatch["response_mask"].sum(1)
+    halves = {name: (minus_logp * (micro["right"] == right)).sum() / 2 / count[minibatch["right"] == right].sum().clamp(min=1)
+              for name, right in (("right_loss", True), ("gold_loss", False))}
+    return sum(halves.values()), halves
+
+
+def online_st_update(policy, batch, data, optimizer, args):
+    """Online self-training: passes over the rollout's right samples and the demonstrations of its questions."""
+    rows = [(t.tolist(), [False] + m.tolist()) for t, m, o in zip(data["tokens"], data["response_mask"], data["outcomes"]) if o == 1]
+    right = torch.arange(len(rows) + len(batch), device=data["tokens"].device) < len(rows)
+    mixed = pack(rows + [sft_row(p) for p in batch], policy.config.pad_id, right.device) | {"right": right}
+    done = [optimiser_step(functools.partial(online_st_loss, policy), mixed, optimizer, args) for _ in range(args.ppo_epochs)]
+    return {k: sum(step[k] for step in done) / len(done) for k in done[0]}
+
+
+@torch.no_grad()
+def draw_samples(policy, problems, tokenizer, count, args):
+    """`count` samples (ids, text, answer) of each problem at temperature 1, the same ones each time for one seed and policy."""
+    torch.manual_seed(args.seed)
+    samples = []
+    for i in tqdm(range(0, len(problems), args.batch_size), "samples", disable=None, leave=False):
+        batch = problems[i:i + args.batch_size]
+        tokens, mask = generate(policy, [p["prompt"] + p["given"] for p in batch], args.max_new_tokens, group_size=count)
+        repeated = [p for p in batch for _ in range(count)]
+        texts = responses(tokens, mask, repeated, tokenizer)
+        ids = [p["given"] + row[chosen].tolist() for p, row, chosen in zip(repeated, tokens[:, 1:].cpu(), mask.cpu())]
+        drawn = list(zip(ids, texts, read_answers(texts, repeated, args)))
+        samples += [drawn[j:j + count] for j in range(0, len(drawn), count)]
+    return samples
+
+
+def self_training_rows(policy, train, tokenizer, args):
+    """Offline self-training's rows: every demonstration, and of the warm-up model's samples the first right, distinct ones."""
+    rows = [sft_row(problem) for problem in train]
+    for problem, samples in zip(train, draw_samples(policy, train, tokenizer, args.samples, args)):
+        right = {text: ids for ids, text, answer in samples if reward([answer], [problem], args) == 1}
+        right.pop(problem["cot"], None)
+        rows += [sft_row(problem | {"response": ids}) for ids in list(right.values())[:args.keep]]
+    return rows
+
+
+# ---- inference-time methods: voting, reranking -------------------------------------------------------------------------------
+
+def vote(answers):
+    """The answer given most often, floats by equality within 1e-2, the first seen of equals; None, if there is none, not counted."""
+    kinds = []                                                       # [answer, count]
+    for answer in answers:
+        if answer is not None:
+            same = [kind for kind in kinds if kind[0] == answer or isinstance(answer, float) and abs(kind[0] - answer) <= 1e-2]
+            if same:
+                same[0][1] += 1
+            else:
+                kinds.append([answer, 1])
+    return max(kinds, key=lambda kind: kind[1])[0] if kinds else None
+
+
+def rerank(scores, answers):
+    """The answer with the highest score among those that are one."""
+    return max(((score, i) for i, score in enumerate(scores) if answers[i] is not None), default=(0, None))[1]
+
+
+def reranker_scores(reranker, head, micro):
+    """Logits (B, 2), wrong or right, from the hidden state at the last token of each row's prompt and rationale."""
+    return head(reranker(micro["tokens"])[torch.arange(len(micro["tokens"])), micro["response_mask"].sum(1)].float())
+
+
+def train_reranker(policy, warm, train, tokenizer, args):
+    """A copy of the policy with a two-class head, trained to tell right from wrong samples of the warm-up model (no end token)."""
+    rows, labels = [], []
+    for problem, samples in zip(train, draw_samples(warm, train, tokenizer, args.samples, args)):
+        for ids, answer in {text: (ids, answer) for ids, text, answer in samples}.values():
+            rows.append(problem["prompt"] + [token for token in ids if token != tokenizer.eos_id])
+            labels.append(int(reward([answer], [problem], args) == 1))
+    torch.manual_seed(args.seed)
+    reranker, head = copy.deepcopy(policy), torch.nn.Linear(policy.config.n_embd, 2).to(policy.head_weight.device)
+    optimizer, steps = adamw([reranker, head], args.rerank_lr), math.ceil(args.rerank_epochs * len(rows) / 48)
+
+    def loss_of(micro, minibatch):
+        loss = torch.nn.functional.cross_entropy(reranker_scores(reranker, head, micro), micro["labels"], reduction="sum")
+        return loss / len(minibatch["labels"]), {"loss": loss / len(minibatch["labels"])}
+
+    for step in tqdm(range(steps), "reranker", disable=None, leave=False):
+        for group in optimizer.param_groups:
+            group["lr"] = args.rerank_lr * (1 - step / steps)
+        chosen = draw(len(rows), 48, step, f"{args.seed} rerank")
+        batch = pack([(rows[i], [True] * len(rows[i])) for i in chosen], policy.config.pad_id, policy.head_weight.device)
+        optimiser_step(loss_of, batch | {"labels": torch.tensor([labels[i] for i in chosen], device=batch["tokens"].device)}, optimizer, args)
+    return reranker, head
+
+
+@torch.no_grad()
+def choose(policy, warm, train, test, tokenizer, args):
+    """Accuracy of voting, and of reranking if asked for, among args.vote_k samples per test problem."""
+    samples = draw_samples(policy, test, tokenizer, args.vote_k, args)
+    answers = [[answer for _, _, answer in drawn] for drawn in samples]
+    right = lambda chosen: float((reward(chosen, test, args) == 1).float().mean())
+    found = {"sampled_accuracy": sum(right(list(column)) for column in zip(*answers)) / args.vote_k,
+             f"vote_{args.vote_k}": right([vote(row) for row in answers])}
+    if args.rerank:
+        with torch.enable_grad():
+            reranker, head = train_reranker(policy, warm, train, tokenizer, args)
+        chosen = []
+        for problem, drawn, row in zip(test, samples, answers):
+            ids = [problem["prompt"] + [token for token in ids if token != tokenizer.eos_id] for ids, _, _ in drawn]
+            batch = pack([(i, [True] * len(i)) for i in ids], policy.config.pad_id, policy.head_weight.device)
+            best = rerank(reranker_scores(reranker, head, batch).log_softmax(-1)[:, 1].tolist(), row)
+            chosen.append(None if best is None else row[best])
+        found[f"rerank_{args.vote_k}"] = right(chosen)
+    return found
+
+
 # ---- evaluation, log, plot, resume -------------------------------------------------------------------------------------------
+
+def contradicts(text, problem):
+    """Multiple choice: whether the last number that the rationale arrives at is not the right option's. A wrong chain with the
+    right letter earns the full reward."""
+    option = re.search(rf"\b{problem['gold']} \) (\S+)", problem["question"]) if isinstance(problem["gold"], str) else None
+    reached = re.findall(r"= (\S+)", text)
+    return bool(option and reached and parse_number(reached[-1]) != parse_number(option[1]))
+
 
 @torch.no_grad()
 def evaluate(policy, problems, tokenizer, args):
     """Greedy accuracy on problems from the question alone, and what goes with it; the last entry is a sample to look at."""
     order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt"]))       # like lengths together: less padding
-    right = unparsed = cut = length = 0
+    right = unparsed = cut = length = contradictions = 0
     for i in tqdm(range(0, len(order), args.batch_size), "evaluation", disable=None, leave=False):
         batch = [problems[j] for j in order[i:i + args.batch_size]]
         tokens, response_mask = generate(policy, [p["prompt"] + p["given"] for p in batch], args.max_new_tokens, temperature=0)
         texts = responses(tokens, response_mask, batch, tokenizer)
-        answers = [read_answer(text, problem, args) for text, problem in zip(texts, batch)]
-        right += int((reward(answers, batch, args) == 1).sum())
+        answers = read_answers(texts, batch, args)
+        outcomes = reward(answers, batch, args)
+        right += int((outcomes == 1).sum())
+        contradictions += sum(contradicts(text, problem) for text, problem, o in zip(texts, batch, outcomes) if o == 1 and args.cot == "text")
         unparsed += sum(answer is None for answer in answers)
         cut += int(truncated(tokens, response_mask, tokenizer.eos_id).sum())
         length += int(response_mask.sum())
     n = len(problems)
     return {"accuracy": right / n, "unparsed": unparsed / n, "truncated": cut / n, "response_length": length / n,
-            "sample": batch[0]["question"] + "\n" + texts[0]}
+            "contradictions": contradictions / n, "sample": batch[0]["question"] + "\n" + texts[0]}
 
 
 STOP = []                                                            # signals received
@@ -542,7 +902,8 @@ def write_whole(path, write):
 def run_info(args):
     """What args.json holds: the flags, versions, device and commit."""
     git = shutil.which("git")
-    commit = subprocess.run([git, "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() if git else ""
+    ask = [git, "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if git else ""
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": name,
             "threads": torch.get_num_threads(), "commit": commit}
@@ -629,15 +990,13 @@ def write_summary(args, state, problems):
     """summary.json: what a results table needs."""
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(
         {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems,
-         "before": state["before"], "after": state["after"], "best": state["best"], "seconds": round(state["seconds"], 1),
+         "before": state["before"], "after": state["after"], "best": state["best"], "seconds": round(state["seconds"], 3),
          "tokens_per_second": round(state["tokens"] / max(state["seconds"], 1e-9), 1)}, indent=1)))
 
 
-def print_first(problem, data, tokenizer):
-    """The first prompt and response with their token ids: a forgotten template or a doubled BOS shows here."""
-    ids = data["tokens"][0, 1:][data["response_mask"][0]].tolist()
-    for name, tokens in (("prompt", problem["prompt"] + problem["given"]), ("response", ids)):
-        print(f"  first {name}: {tokenizer.decode(tokens)!r}\n  its ids: {tokens}")
+def print_ids(name, ids, tokenizer):
+    """A text with its token ids: a forgotten template, a doubled BOS or a missing end token shows here."""
+    print(f"  {name}: {tokenizer.decode(ids)!r}\n  its ids: {ids}")
 
 
 @contextmanager
@@ -668,23 +1027,29 @@ def plot(args):
 
 # ---- the algorithm -----------------------------------------------------------------------------------------------------------
 
-def prepare(args):
-    """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
+def initial_policy(args):
+    """The policy before any training, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
     torch.manual_seed(args.seed)
-    splits = load_problems(args)
     if args.model:
         policy, tokenizer = load_checkpoint(args.model)
     else:
         tokenizer = builtin_tokenizer()
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
-    splits = [[encode_record(record, tokenizer) for record in split] for split in splits]
+    return policy.to(args.device), tokenizer
+
+
+def prepare(args):
+    """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
+    splits = load_problems(args)
+    policy, tokenizer = initial_policy(args)
+    splits = [[encode_record(record, tokenizer, args) for record in split] for split in splits]
     for problem in sum(splits, []):
         length = len(problem["prompt"]) + max(len(problem["response"]), len(problem["given"]) + args.max_new_tokens)
         if length > policy.config.max_len:
             raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with its response, "
                              f"the model's context holds {policy.config.max_len}")
-    return policy.to(args.device), tokenizer, *splits
+    return policy, tokenizer, *splits
 
 
 def adamw(modules, lr):
@@ -698,6 +1063,9 @@ def main(args):
     state, saved = open_run(args)
     out, rows = Path(args.out), [sft_row(problem) for problem in train]
 
+    print_ids("first prompt", train[0]["prompt"] + train[0]["given"], tokenizer)
+    print_ids("its demonstration", train[0]["response"], tokenizer)
+
     # warm-up
     if state["phase"] == "warmup":
         modules, optimizer = {"policy": policy}, adamw([policy], args.warmup_lr)
@@ -707,7 +1075,7 @@ def main(args):
         save_checkpoint(out / "warmup", policy, tokenizer)
         state["before"] = evaluate(policy, test, tokenizer, args)
         write_log(args, state, {"event": "warmup", "steps": state["step"], "loss": state.get("loss")} | state["before"])
-        state, saved = state | {"phase": "train", "step": 0}, {}
+        state, saved = state | {"phase": "train", "warmup_steps": state["step"], "step": 0}, {}
     else:
         policy = load_checkpoint(out / "warmup")[0].to(args.device)
     print(f"warm-up: accuracy {state['before']['accuracy']:.3f} on {len(test)} test problems")
@@ -716,9 +1084,15 @@ def main(args):
     # the warm-up model is the initial policy, the frozen reference, and the trunk of the value function
     ref = copy.deepcopy(policy).requires_grad_(False)
     torch.manual_seed(args.seed)
-    policy.add_value_head()
-    policy.to(args.device)
-    critic, modules, optimizer = policy, {"policy": policy}, adamw([policy], args.lr)
+    if args.method == "offline-st":
+        rows, policy = self_training_rows(ref, train, tokenizer, args), initial_policy(args)[0]
+    steps = math.ceil(args.ppo_epochs * args.batch_size / args.warmup_batch_size)    # of a supervised iteration, as many rows
+    steps += math.ceil(state["warmup_steps"] / max(args.iterations, 1)) if args.method == "offline-st" else 0
+    critic = copy.deepcopy(policy) if args.value == "separate" else policy
+    critic.add_value_head()
+    critic.to(args.device)
+    modules = {"policy": policy} | ({"critic": critic} if critic is not policy else {})
+    optimizer = adamw(modules.values(), args.lr)
     if saved:
         restore(saved, modules, optimizer)
     else:
@@ -731,14 +1105,15 @@ def main(args):
         began = time.time()
         torch.manual_seed(1_000_003 * args.seed + iteration)         # so a resumed run needs no random state
         with located(f"iteration {iteration}", args):
-            if args.method == "sft":
-                log, stats = {"tokens": 0}, sft_update(policy, rows, optimizer, iteration, args)
+            if args.method in ("sft", "offline-st"):
+                log, stats = {"tokens": 0}, sft_update(policy, rows, optimizer, iteration, steps, args)
             else:
                 batch = [train[i] for i in draw(len(train), args.batch_size, iteration - 1, args.seed)]
                 data, log = rollout(policy, critic, ref, batch, tokenizer, args)
-                stats = update(loss_of, data, optimizer, args)
-        if iteration == 1 and args.method != "sft":
-            print_first(batch[0], data, tokenizer)
+                stats = (update(loss_of, data, optimizer, args) if args.method == "reft"
+                         else online_st_update(policy, batch, data, optimizer, args))
+                if iteration == 1:
+                    print_ids("first sample", data["tokens"][0, 1:][data["response_mask"][0]].tolist(), tokenizer)
         record = {"event": "iteration", "iteration": iteration} | log | stats
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             greedy = evaluate(policy, dev, tokenizer, args)
@@ -753,13 +1128,17 @@ def main(args):
 
     # the checkpoint that was best on the dev split, tested once
     if state["phase"] == "train":
-        state["after"] = evaluate(load_checkpoint(out / "model")[0].to(args.device), test, tokenizer, args)
+        best = load_checkpoint(out / "model")[0].to(args.device)
+        state["after"] = evaluate(best, test, tokenizer, args)
+        if args.vote_k:
+            state["after"] |= choose(best, ref, train, test, tokenizer, args)
         write_log(args, state, {"event": "end", "best_iteration": state["best"]["iteration"]} | state["after"])
         write_summary(args, state, len(test))
         state["phase"] = "done"
         save_run(args, state, modules, optimizer)
-    print(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f} on {len(test)} test problems "
-          f"(dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {out}")
+    extra = "".join(f", {k} {v:.3f}" for k, v in state["after"].items() if k[:4] in ("vote", "rera"))
+    print(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f}{extra} on {len(test)} "
+          f"test problems (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {out}")
 
 
 def comments():
@@ -776,11 +1155,11 @@ def fail(message):
 def parse_args(argv=None):
     """Args from the command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser.error, texts = fail, comments()
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
-        text = f"{comments()[f.name]} (default: {f.default})" if f.default != "" else comments()[f.name]
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **kind)
+        text = texts[f.name].replace("%", "%%") + ("" if f.default == "" else f" (default: {f.default})")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     args.out = args.out or f"runs/{Path(__file__).stem}-{args.method}-s{args.seed}"
@@ -790,11 +1169,12 @@ def parse_args(argv=None):
 
 def check_args(args):
     """InputError for impossible values."""
-    choices = {"method": METHODS, "kl": ("k1", "exact"), "device": ("cpu", "cuda")}
+    choices = {"method": METHODS, "problems": ("numeric", "choice"), "cot": ("text", "program"), "kl": ("k1", "exact"),
+               "value": ("shared", "separate"), "device": ("cpu", "cuda")}
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             raise InputError(f"--{name} {getattr(args, name)}: choose from {', '.join(allowed)}")
-    at_least = {"seed": 0, "warmup_epochs": 0, "iterations": 0}
+    at_least = {"seed": 0, "warmup_epochs": 0, "iterations": 0, "vote_k": 0}
     for f in fields(Args):
         value = getattr(args, f.name)
         if f.type is int and value < at_least.get(f.name, 1):
@@ -807,6 +1187,10 @@ def check_args(args):
         raise InputError("--train-data and --eval-data go together")
     if args.train_data and not args.model:
         raise InputError("--train-data needs --model: the small vocabulary made here knows the built-in problems only")
+    if args.operations_low > args.operations_high:
+        raise InputError("--operations-low is above --operations-high")
+    if args.rerank and not args.vote_k:
+        raise InputError("--rerank chooses among the samples of --vote-k")
     if not args.model and not args.warmup_epochs:
         raise InputError("--warmup-epochs 0 needs --model: a model from nothing has to be warmed up")
 

@@ -1,4 +1,4 @@
-"""Log-probability, entropy and exact KL per token, from logits or through the vocabulary head, a tile of logits at a time.
+"""Log-probability, entropy and exact KL per token, from logits or through the vocabulary head a tile at a time.
 
     token_logprobs(logits, targets)                             -> logprobs, entropy
     token_kl(logits, ref_logits)                                -> kl

@@ -9,8 +9,9 @@ numbers a row; those of the slices s of the vocabulary are joined by the chain r
     log p_y = log P_s + log p_(y|s)        H = H(P) + sum_s P_s H_s        KL = KL(P || Q) + sum_s P_s KL_s
 
 Backward: the same tile again (the same product, so the same bits) becomes a tile of G. A slice of d weight sums over
-all rows of one slice of G, so there is no (V, D) accumulator and no copy of the weight in another dtype. cuBLAS multiplies,
-Triton does the rows. Work: 2NVD forward, 8NVD with the backward; 4 and 12 with KL; 2NVD less for a frozen head.
+all rows of one slice of G, so there is no (V, D) accumulator and no copy of the weight in another dtype. cuBLAS
+multiplies, Triton does the rows. Work: 2NVD forward, 8NVD with the backward; 4 and 12 with KL; 2NVD less for a frozen
+head.
 """
 
 import torch
@@ -60,7 +61,7 @@ def product(a, b, out=None, add=False):
 
 
 def logits(x, start, weight):
-    """x[start:start + HEIGHT] @ weight.T, as a product of HEIGHT rows always: a row's bits do not hang on the others."""
+    """x[start:start + HEIGHT] @ weight.T, always a product of HEIGHT rows: a row's bits do not depend on others."""
     x = x[start:start + HEIGHT]
     padded = x if len(x) == HEIGHT else F.pad(x, (0, 0, 0, HEIGHT - len(x)))
     return product(padded, weight.T)[:len(x)]
@@ -182,11 +183,13 @@ def linear_stats(hidden, weight, targets, ref_hidden=None, ref_weight=None):
     Logits are float32; the products' operands are rounded to autocast's dtype, without autocast to that of hidden.
     A row costs 2VD operations, so pass those that matter: hidden[response_mask].
     """
-    shape, device = targets.shape, hidden.device.type
-    if hidden.shape[:-1] != shape or weight.shape[1:] != hidden.shape[-1:]:
-        raise ValueError(f"linear_stats: hidden (..., D), weight (V, D), targets (...), got {tuple(hidden.shape)}, "
-                         f"{tuple(weight.shape)}, {tuple(shape)}")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (ref_hidden, ref_weight)):
+    shape, device, ref = targets.shape, hidden.device.type, [x for x in (ref_hidden, ref_weight) if x is not None]
+    if (hidden.shape[:-1], weight.shape[1:]) != (shape, hidden.shape[-1:]) or ref and (
+            len(ref) == 1 or (*ref_hidden.shape[:-1], ref_weight.shape[0]) != (*shape, weight.shape[0])):
+        got = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, targets, *ref))
+        raise ValueError("linear_stats: hidden (..., D), weight (V, D), targets (...), and both or neither of "
+                         f"ref_hidden (..., D') and ref_weight (V, D'); got {got}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in ref):
         raise ValueError("linear_stats: no gradient flows to the reference; freeze it, ref.requires_grad_(False)")
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, ref_hidden = (x if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden))

@@ -4,6 +4,7 @@ Every test of a public function runs both paths. Without a GPU the Triton path i
 iteration of a row: few rows above a vocabulary of 5003, and tiles of a few rows for the linear functions.
 """
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -43,7 +44,10 @@ LOGITS = {
 }
 
 
-@pytest.fixture(params=["torch", "triton"])
+needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="triton is not installed: Mac, Windows")
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=needs_triton)])
 def path(request, monkeypatch):
     monkeypatch.setattr(kernels, "PATH", request.param)
     return request.param
@@ -119,18 +123,21 @@ def test_logprobs(path, kind, V):
         assert error(ours, right) <= 3 * error(theirs, right) + 1e-6            # 1e-6: where torch is right by luck
 
 
-@pytest.mark.parametrize("distance, V", [(d, V) for d in (1.0, 0.05, 0.005, 5e-4) for V in SIZES if V <= 5003 or d == 0.005])
+DISTANCES = 1.0, 0.05, 0.005, 5e-4              # between the logits: KL near 0.3, 1e-3, 1e-5 and 1e-7
+
+
+@pytest.mark.parametrize("distance, V", [(d, V) for d in DISTANCES for V in SIZES if V <= 5003 or d == 0.005])
 def test_kl(path, distance, V):
-    """KL near 0.3, 1e-3, 1e-5 and 1e-7."""
     z, g = LOGITS["normal"](normal(rows(V), V)), normal(1, rows(V), seed=1)
     r = z + distance * normal(rows(V), V, seed=2) + 5                           # 5: the common offset has to drop out
     (kl,), (dz,) = run(token_kl, [z], r, g=g)
     y = tokens(rows(V), V)
     exact, (exact_dz,) = run(lambda z, r: truth(z, y, r)[2:], doubles(z), r.double(), g=g.double())
     assert kl.min() >= 0 and kl.dtype == torch.float32
-    assert ((kl - exact[0]).abs() <= 1e-9 + 1e-3 * exact[0]).all()
+    small, share = (1e-12, 1e-4) if path == "triton" else (1e-9, 1e-3)          # torch rounds log p and log q first
+    assert ((kl - exact[0]).abs() <= small + share * exact[0]).all()
     assert error(dz, exact_dz) <= 1e-6 * g.abs().max().item()
-    assert dz.sum(-1).abs().max() <= 1e-6
+    assert dz.sum(-1).abs().max() <= 3e-6 * distance                            # far below dz: no direction of its own
 
 
 @pytest.mark.parametrize("kind", ["wide", "negative", "offset", "equal", "peaks"])
@@ -160,8 +167,9 @@ def test_kl_of_disjoint_rows(path):
 
 def test_entropy_alone_has_a_gradient(path):
     z, y = LOGITS["normal"](normal(3, 37)), tokens(3, 37)
-    (_, entropy), (dz,) = run(lambda z: token_logprobs(z, y), [z], g=[torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)])
-    _, (exact,) = run(lambda z: truth(z, y)[1:], doubles(z), g=torch.ones(1, 3, device=DEVICE))
+    ones = torch.ones(1, 3, device=DEVICE)
+    _, (dz,) = run(lambda z: token_logprobs(z, y)[1], [z], g=ones)
+    _, (exact,) = run(lambda z: truth(z, y)[1:], doubles(z), g=ones)
     assert dz.abs().max() > 0.01 and error(dz, exact) <= 1e-6
 
 
@@ -224,6 +232,9 @@ def test_nan_comes_out(path, bad):
     z[1, 20] = bad
     for out in (*token_logprobs(z, y), token_kl(z, r), token_kl(r, z)):
         assert out.isnan().tolist() == [False, True, False]
+    for function in (lambda z: token_logprobs(z, y), lambda z: token_kl(z, r)):
+        _, (dz,) = run(function, [z], g=torch.ones(2, 3, device=DEVICE))
+        assert dz[1].isnan().any() and dz[::2].isfinite().all()
 
 
 def test_half_precision(path):
@@ -261,6 +272,7 @@ def test_bad_arguments(path):
     z, y = normal(3, 37), tokens(3, 37)
     for call in (lambda: token_logprobs(z, y[:2]), lambda: token_logprobs(z, y.float()), lambda: token_kl(z, z[:, :36]),
                  lambda: token_kl(z, z.clone().requires_grad_()), lambda: linear_logprobs(z, z[:, :36], y),
+                 lambda: linear_kl(z, z, z, z[:2]), lambda: linear_stats(z, z, y, z),
                  lambda: linear_kl(z, z, z, z.clone().requires_grad_())):
         with pytest.raises(ValueError, match="token_|linear_"):
             call()
@@ -280,8 +292,8 @@ def test_linear(path, N, V, D, tile, monkeypatch):
     for name, value in zip(("HEIGHT", "WIDTH", "TALL"), tile):
         monkeypatch.setattr(linear, name, value)
     monkeypatch.setattr(linear, "CHUNK", tile[0] * V)
-    x, W, ref_x, ref_W = normal(N, D), normal(V, D, seed=1) / 4, normal(N, D // 2, seed=2), normal(V, D // 2, seed=3) / 4
-    y, g = tokens(N, V), normal(3, N, seed=4)
+    x, W, y, g = normal(N, D), normal(V, D, seed=1) / 4, tokens(N, V), normal(3, N, seed=4)
+    ref_x, ref_W = normal(N, D // 2, seed=2), normal(V, D // 2, seed=3) / 4
     for more in ((), (ref_x, ref_W)):
         out, grads = run(linear_stats, [x, W], y, *more, g=g)
         exact, exact_grads = run(linear_truth, doubles(x, W), y, *doubles(*more), g=g.double())
@@ -312,6 +324,7 @@ def test_linear_small_kl(path, tiny_tiles, distance):
         assert (kl == 0).all() and all((d == 0).all() for d in grads)
 
 
+@needs_triton
 def test_linear_masked_vocabulary(monkeypatch):
     """A slice of the vocabulary that no one can say, in the policy or in both, adds nothing and breaks nothing."""
     monkeypatch.setattr(kernels, "PATH", "triton")
@@ -320,7 +333,7 @@ def test_linear_masked_vocabulary(monkeypatch):
     z[:, 16:32] = -torch.inf
     r[0, 16:32] = -torch.inf
     y = torch.where(y // 16 == 1, 0, y)
-    monkeypatch.setattr(linear, "logits", lambda x, start, weight: x[:, weight[0, 0].int():][:, :len(weight)].contiguous())
+    monkeypatch.setattr(linear, "logits", lambda x, start, weight: x[:, weight[:, 0].long()])       # a head of columns
     column = torch.arange(37.0, device=DEVICE)[:, None]
     logprobs, entropy, stats, kl, mean_d, _ = linear.forward(z, column, y, r, column, torch.float32)
     keep = [*range(16), *range(32, 37)]
@@ -365,10 +378,10 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        mine = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and id(t.untyped_storage()) not in mine and t.untyped_storage() not in self.seen:
-                storage = t.untyped_storage()
+        given, made = ([t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+                       for x in ((args, kwargs), out))
+        for storage in made:
+            if storage not in self.seen and not any(storage is s for s in given):
                 self.seen.add(storage)
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
@@ -382,17 +395,19 @@ class PeakMemory(TorchDispatchMode):
 GiB = 2 ** 30
 
 
+@needs_triton
 @pytest.mark.parametrize("reference", [False, True])
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])        # under autocast a copy of each would be 0.43 GiB
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])        # a float32 one's copy would be 0.43 GiB
 def test_peak_memory_of_the_head(monkeypatch, reference, weights):
-    """N = 8192, V = 151936, D = 1536 on the meta device: all tensors of both passes, no arithmetic."""
-    N, V, D = 8192, 151936, 1536
+    """N = 8192, V = 151936, D = 1536 on the meta device: all tensors and products of both passes, no arithmetic."""
+    N, V, D, work = 8192, 151936, 1536, []
 
     class NoKernel:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
     def product(a, b, out=None, add=False):                                 # CUDA's: the operands as they are
+        work.append(a.shape[0] * a.shape[1] * b.shape[1] / (N * V * D))
         return out if out is not None else a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
 
     monkeypatch.setattr(linear, "product", product)
@@ -407,29 +422,36 @@ def test_peak_memory_of_the_head(monkeypatch, reference, weights):
         _, entropy, stats, _, mean_d, ref_stats = linear.forward(x, W, y, *ref, torch.bfloat16)
     with PeakMemory() as backward:
         dx, dW = linear.gradient(x, W, y, *ref, entropy, stats, mean_d, ref_stats, *g, torch.bfloat16, False)
+    assert abs(sum(work) - (6 if reference else 4)) < 1e-9                   # 12NVD or 8NVD operations
+    work.clear()
+    _, nothing = linear.gradient(x, W, y, *ref, entropy, stats, mean_d, ref_stats, *g, torch.bfloat16, True)
+    assert abs(sum(work) - (3 if reference else 2)) < 1e-9 and nothing.numel() == 0         # a frozen head: 2NVD less
     gradients = dx.nbytes + dW.nbytes
     print(f"\npeak beyond inputs and gradients: forward {forward.peak / GiB:.2f} GiB, "
           f"backward {(backward.peak - gradients) / GiB:.2f} GiB")
     assert 0.05 < forward.peak / GiB <= 0.5 and 0.2 < (backward.peak - gradients) / GiB <= 1
 
 
-def test_peak_memory_of_plain_torch():
+def test_peak_memory_of_plain_torch(monkeypatch):
     """The chunks of the torch path: a few copies of one chunk of logits, never of all."""
-    N, V, D = 8192, 151936, 64
+    N, V, D = 1024, 16384, 64
+    monkeypatch.setattr(linear, "CHUNK", 64 * V)
     x, W = (torch.empty(n, D, device="meta", requires_grad=True) for n in (N, V))
     y = torch.zeros(N, dtype=torch.long, device="meta")
     with PeakMemory() as memory:
         logprobs, entropy, kl = linear.linear_chunks(x, W, y, x.detach(), W.detach())
         (logprobs + entropy + kl).sum().backward()
-    assert memory.peak < 25 * 4 * linear.CHUNK < 4 * N * V / 2
+    chunk = 4 * linear.CHUNK
+    print(f"\npeak: {memory.peak / chunk:.1f} chunks of logits")
+    assert chunk < memory.peak < 16 * chunk == 4 * N * V
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("reference", [False, True])
 def test_peak_memory_on_the_gpu(reference):
     N, V, D = 8192, 151936, 1536
-    x, W, ref_x = (torch.randn(n, D, device=DEVICE, dtype=d) for n, d in ((N, torch.bfloat16), (V, torch.float32), (N, torch.bfloat16)))
-    ref_W, y = torch.randn(V, D, device=DEVICE, dtype=torch.bfloat16), torch.randint(0, V, (N,), device=DEVICE)
+    x, ref_x, ref_W = (torch.randn(n, D, device=DEVICE, dtype=torch.bfloat16) for n in (N, N, V))
+    W, y = torch.randn(V, D, device=DEVICE), torch.randint(0, V, (N,), device=DEVICE)
     x.requires_grad_(), W.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -456,6 +478,7 @@ def test_repeatable_and_independent_of_the_batch(path, tiny_tiles):
                 assert torch.equal(a[permuted], c) and torch.equal(a[4:], d), name
 
 
+@needs_triton
 def test_everything_is_written_and_nothing_else():
     """Outputs full of NaN come back without one, and the NaN around them stay."""
     V, y = 37, tokens(3, 37)
@@ -475,6 +498,7 @@ def test_everything_is_written_and_nothing_else():
         assert not box[1:4].isnan().any() and box[0].isnan().all() and box[4].isnan().all(), name
 
 
+@needs_triton
 def test_offsets_beyond_int32(monkeypatch):
     """Rows 1.2e9 elements apart: the third starts beyond 2^31. The memory between them is never touched."""
     monkeypatch.setattr(kernels, "PATH", "triton")
@@ -491,6 +515,7 @@ def test_offsets_beyond_int32(monkeypatch):
     assert error(dz, exact_dz) <= 2e-6
 
 
+@needs_triton
 def test_targets_out_of_range(monkeypatch):
     """Where an error would have to wait for the GPU the log-prob is NaN; plain torch raises."""
     monkeypatch.setattr(kernels, "PATH", "triton")
@@ -510,6 +535,7 @@ def test_references():
         assert error(ours, right) <= 1e-6
 
 
+@needs_triton
 def test_opcheck(tiny_tiles):
     z, r, y, g = normal(3, 37), normal(3, 37, seed=1), tokens(3, 37), normal(3, seed=2)
     x, W = normal(3, 8), normal(37, 8, seed=3)
@@ -517,7 +543,8 @@ def test_opcheck(tiny_tiles):
     lp, H, stats = logprob.logprobs_op(z, y)
     _, mean_d = kl.kl_op(z, r, stats, stats)
     trained = [t.clone().requires_grad_() for t in (x, W)]
-    for op, args in ((logprob.logprobs_op, (z.clone().requires_grad_(), y)), (logprob.gradient_op, (z, y, stats, H, g, g)),
+    for op, args in ((logprob.logprobs_op, (z.clone().requires_grad_(), y)),
+                     (logprob.gradient_op, (z, y, stats, H, g, g)),
                      (kl.kl_op, (z.clone().requires_grad_(), r, stats, stats)),
                      (kl.gradient_op, (z, r, stats, stats, mean_d, g)),
                      (linear.linear_op, (*trained, y, x, W, torch.float32)),
@@ -540,12 +567,13 @@ def test_compile_does_not_break_the_graph(path, tiny_tiles):
     for N in (5, 7, 6):
         x, W = normal(N, 8).requires_grad_(), normal(37, 8, seed=1).requires_grad_()
         fixed = tokens(N, 37), normal(N, 8, seed=2), normal(N, 37, seed=3)
-        for a, b in zip(torch.autograd.grad(loss(x, W, *fixed), (x, W)), torch.autograd.grad(compiled(x, W, *fixed), (x, W))):
-            assert (a - b).abs().max() <= 1e-5
+        eager, ours = (torch.autograd.grad(f(x, W, *fixed), (x, W)) for f in (loss, compiled))
+        assert all((a - b).abs().max() <= 1e-5 for a, b in zip(eager, ours))
     if path == "triton":                        # the plain path is unrolled over its chunks
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@needs_triton
 def test_only_block_sizes_and_flags_are_constexpr():
     """A length that is constexpr compiles again for every new length."""
     for kernel in (logprob.forward_kernel, logprob.backward_kernel, kl.forward_kernel, kl.backward_kernel):
@@ -570,12 +598,27 @@ def program(no_triton=False, **env):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is for machines without a GPU")
 def test_environment_variable():
-    programs = program(KERNELS="triton"), program(no_triton=True), program(KERNELS="cuda"), program(True, KERNELS="triton")
+    programs = [program(KERNELS="triton"), program(no_triton=True), program(KERNELS="cuda"),
+                program(no_triton=True, KERNELS="triton")]
     forced, plain, wrong, missing = (p.communicate() for p in programs)
     assert forced[0].split()[:2] == ["triton", "InterpretedFunction"], forced[1]
     assert plain[0].split()[0] == "function", plain[1]                          # a machine without Triton
     assert forced[0].split()[-1] == plain[0].split()[-1]
     assert "KERNELS=cuda: must be torch, triton or unset" in wrong[1]
     assert "this path needs triton" in missing[1]
+
+
+def test_benchmark(tmp_path):
+    """A table on a CPU says so; its file holds machine, versions, command and every line."""
+    if DEVICE == "cuda":
+        pytest.skip("takes minutes on a GPU")
+    command = [sys.executable, "-m", "kernels.kl", "--out", str(tmp_path / "results" / "kernels.json")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "no GPU here" in run.stdout and not run.stderr, run.stderr
+    found = json.loads((tmp_path / "results" / "kernels.json").read_text())["kl"]
+    assert found["versions"]["torch"] == torch.__version__ and found["command"].startswith("python -m kernels.kl --out")
+    ours = [line for line in found["lines"] if line["name"] == "ours"]
+    assert len(ours) == 2 and all(line["both_ms"] > 0 and line["errors"][0] < 1e-6 for line in ours)

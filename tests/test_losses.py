@@ -35,7 +35,8 @@ def at(mask, values):
 
 
 def close(x, expected, tolerance=1e-5):
-    assert torch.allclose(torch.as_tensor(x), torch.as_tensor(expected), atol=tolerance, rtol=0), (x, expected)
+    x, expected = torch.as_tensor(x, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64)
+    assert torch.allclose(x, expected, atol=tolerance, rtol=0), (x, expected)
 
 
 # ---- Eq. 1 -------------------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ EXTRACTION = [("18", 1), ("18.0", 1), ("$18", 1), ("18 apples.", 1), ("<18>.", 1
 
 def outcome(text, gold, **flags):
     args, problem = dataclasses.replace(ARGS, **flags), {"gold": gold}
-    return reft.reward([reft.read_answer(text, problem, args)], [problem], args).item()
+    return reft.reward(reft.read_answers([text], [problem], args), [problem], args).item()
 
 
 @pytest.mark.parametrize("answer, expected", EXTRACTION)

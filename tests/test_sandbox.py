@@ -434,14 +434,18 @@ def test_trainer_dies(tmp_path, monkeypatch, how, helper):
     hanging = function(ENDED["lock that never opens"])
     script = f"import sandbox; sandbox.WALL_SECONDS = 50; sandbox.run_programs([{hanging!r}] * 4)"
     trainer = subprocess.Popen([sys.executable, "-c", script], env=standalone(tmp_path), stderr=subprocess.PIPE)
-    end = time.monotonic() + 20
-    while len(pids := descendants(trainer.pid)) < 2:              # helper and a program
-        assert time.monotonic() < end and trainer.poll() is None
-        time.sleep(0.05)
-    assert os.getsid(trainer.pid) not in map(os.getsid, pids)     # Ctrl-C in a terminal reaches the trainer alone
-    time.sleep(0.3)
-    trainer.send_signal(how)
-    error = trainer.communicate(timeout=10)[1]
+    end, pids = time.monotonic() + 20, []
+    try:
+        while len(pids) < 2:                                      # helper and a program
+            assert time.monotonic() < end and trainer.poll() is None
+            time.sleep(0.05)
+            pids = descendants(trainer.pid)
+        assert os.getsid(trainer.pid) not in map(os.getsid, pids)     # Ctrl-C in a terminal reaches the trainer alone
+        time.sleep(0.3)
+        trainer.send_signal(how)
+        error = trainer.communicate(timeout=10)[1]
+    finally:
+        trainer.kill()
     assert how != signal.SIGINT or b"KeyboardInterrupt" in error
     while alive := [pid for pid in pids if os.path.exists(f"/proc/{pid}/cmdline") and open(f"/proc/{pid}/cmdline").read()]:
         assert time.monotonic() < end, alive
