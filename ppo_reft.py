@@ -51,6 +51,8 @@ from kernels import linear_kl, linear_logprobs
 from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_checkpoint, generate
 
 METHODS = ("reft", "sft", "offline-st", "online-st")
+CHOICES = {"method": METHODS, "problems": ("numeric", "choice"), "cot": ("text", "program"), "kl": ("k1", "exact"),
+           "value": ("shared", "separate"), "device": ("cpu", "cuda")}
 
 
 @dataclass
@@ -226,7 +228,7 @@ def load_problems(args):
     held_out = set(questions[:min(500, len(questions) // 10)])
     dev = [r for r in train if r["question"] in held_out][:args.eval_size]
     # a rationale that only points to an earlier question ("already answered ... the answer is <4>") demonstrates nothing
-    train = [r for r in train if r["question"] not in held_out and r["cot"] and (args.cot == "program" or "answer is <" not in r["cot"])]
+    train = [r for r in train if r["question"] not in held_out and r["cot"] and (args.cot == "program" or not re.search("answer is <(?!<)", r["cot"]))]
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     return train, dev, test
@@ -949,9 +951,10 @@ def restore(saved, modules, optimizer):
 
 
 def write_log(args, state, record):
-    """Appends one line to log.jsonl."""
+    """Appends one line to log.jsonl; a number that is not finite (the explained variance of equal returns) becomes null."""
+    plain = {k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
     with open(Path(args.out) / "log.jsonl", "a") as file:
-        file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        file.write(json.dumps(plain) + "\n")
     state["log_lines"] += 1
 
 
@@ -1020,7 +1023,7 @@ def plot(args):
     for i, keys in enumerate(panels):
         axes = figure.add_subplot(math.ceil(len(panels) / 4), 4, i + 1, title=", ".join(keys))
         for key in keys:
-            points = [(r["iteration"], r[key]) for r in log if key in r]
+            points = [(r["iteration"], r[key]) for r in log if r.get(key) is not None]
             axes.plot(*zip(*points), marker="." if key == "dev_accuracy" else "")
     figure.savefig(Path(args.out) / "curves.png", dpi=100)
 
@@ -1059,6 +1062,8 @@ def adamw(modules, lr):
 
 
 def main(args):
+    if args.rerank and not args.vote_k:
+        raise InputError("--rerank chooses among the samples of --vote-k")
     policy, tokenizer, train, dev, test = prepare(args)
     state, saved = open_run(args)
     out, rows = Path(args.out), [sft_row(problem) for problem in train]
@@ -1169,9 +1174,7 @@ def parse_args(argv=None):
 
 def check_args(args):
     """InputError for impossible values."""
-    choices = {"method": METHODS, "problems": ("numeric", "choice"), "cot": ("text", "program"), "kl": ("k1", "exact"),
-               "value": ("shared", "separate"), "device": ("cpu", "cuda")}
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         if getattr(args, name) not in allowed:
             raise InputError(f"--{name} {getattr(args, name)}: choose from {', '.join(allowed)}")
     at_least = {"seed": 0, "warmup_epochs": 0, "iterations": 0, "vote_k": 0}
@@ -1189,8 +1192,6 @@ def check_args(args):
         raise InputError("--train-data needs --model: the small vocabulary made here knows the built-in problems only")
     if args.operations_low > args.operations_high:
         raise InputError("--operations-low is above --operations-high")
-    if args.rerank and not args.vote_k:
-        raise InputError("--rerank chooses among the samples of --vote-k")
     if not args.model and not args.warmup_epochs:
         raise InputError("--warmup-epochs 0 needs --model: a model from nothing has to be warmed up")
 

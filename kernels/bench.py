@@ -139,7 +139,7 @@ def main(name, tables):
     parser.add_argument("--out", type=Path, help="JSON file; the tables of the other kernels in it are kept")
     out = parser.parse_args().out
     packages = [d for d in ("torch", "triton", "trl", "liger-kernel") if importlib.util.find_spec(d.replace("-", "_"))]
-    versions = {package: importlib.metadata.version(package) for package in packages}
+    versions = {p: importlib.metadata.version(p) for p in packages} | {"torch": torch.__version__}
     machine = torch.cuda.get_device_name() if CUDA else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     print(machine, versions)
     limits = ceilings() if CUDA else {}

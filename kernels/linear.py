@@ -30,9 +30,10 @@ CHUNK = 2 ** 24                 # plain torch: logits alive
 
 def linear_reference(hidden, weight, targets, ref_hidden=None, ref_weight=None):
     """Plain torch, differentiable, all logits at once. `linear_stats` in the dtype of its arguments."""
+    if ref_hidden is None:
+        return *logprob_rows.logprobs_reference(F.linear(hidden, weight), targets), None
     z = F.linear(hidden, weight)
-    kl = None if ref_hidden is None else kl_rows.kl_reference(z, F.linear(ref_hidden, ref_weight))
-    return *logprob_rows.logprobs_reference(z, targets), kl
+    return *logprob_rows.logprobs_reference(z, targets), kl_rows.kl_reference(z, F.linear(ref_hidden, ref_weight))
 
 
 def linear_chunks(hidden, weight, targets, ref_hidden=None, ref_weight=None):
@@ -43,7 +44,7 @@ def linear_chunks(hidden, weight, targets, ref_hidden=None, ref_weight=None):
     split = [[None] * len(hidden) if x is None else x.split(height) for x in (hidden, targets, ref_hidden)]
     again = dict(use_reentrant=False, preserve_rng_state=False)
     parts = [checkpoint(linear_reference, x, weight, y, ref_x, ref_weight, **again) for x, y, ref_x in zip(*split)]
-    return [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
+    return tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,17 +192,18 @@ def linear_stats(hidden, weight, targets, ref_hidden=None, ref_weight=None):
                          f"ref_hidden (..., D') and ref_weight (V, D'); got {got}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in ref):
         raise ValueError("linear_stats: no gradient flows to the reference; freeze it, ref.requires_grad_(False)")
+    if hidden.ndim != 2:
+        ref = [x.reshape(-1, x.shape[-1]) if x is ref_hidden else x for x in ref]
+        out = linear_stats(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), *ref)
+        return tuple(x if x is None else x.view(shape) for x in out)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    hidden, ref_hidden = (x if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden))
-    targets = targets.reshape(-1)
     if use_triton(hidden):
         logprobs, entropy, _, kl, *_ = linear_op(hidden, weight, targets, ref_hidden, ref_weight, dtype)
-    else:
-        inputs = [x if x is None else x.to(dtype).to(torch.promote_types(dtype, torch.float32))
-                  for x in (hidden, weight, ref_hidden, ref_weight)]
-        with torch.autocast(device, enabled=False):
-            logprobs, entropy, kl = linear_chunks(*inputs[:2], targets, *inputs[2:])
-    return logprobs.view(shape), entropy.view(shape), None if ref_hidden is None else kl.view(shape)
+        return logprobs, entropy, kl if ref else None
+    long = torch.promote_types(dtype, torch.float32)
+    hidden, weight, *ref = (x.to(dtype).to(long) for x in (hidden, weight, *ref))
+    with torch.autocast(device, enabled=False):
+        return linear_chunks(hidden, weight, targets, *ref)
 
 
 def linear_logprobs(hidden, weight, targets):

@@ -24,8 +24,8 @@ def finite(logits):
 
 def logprobs_reference(z, targets):
     """Plain torch, differentiable: finite logits (..., V) and targets (...) to log-prob (...) and entropy (...)."""
-    logp = z.log_softmax(-1)
-    return logp.gather(-1, targets[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+    z = z.log_softmax(-1)                                   # the same name: the logits may go, a CPU's cache is small
+    return z.gather(-1, targets[..., None])[..., 0], -(z.exp() * z).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ TRL asks for a reward model: here one multiplication, its share is in the table.
 forms. `own trunk` is what its examples do: a sequence classifier made from the policy's checkpoint. `shared trunk` has the
 policy's modules as its trunk: no weights of its own, but TRL runs the trunk for the policy and for the value separately. `no
 trunk` is one multiplication: a floor for TRL, below what any value function costs that looks at the text. The ratio to quote is
-that of `shared trunk`, the same network as ours. TRL's defaults of bfloat16, gradient checkpointing, sample tables and reports
-are off, which makes it faster here. All take turns; the table has medians over the repeats, and of their ratios.
+that of `shared trunk`, the same network as ours. TRL's bfloat16, gradient checkpointing, sample tables and reports are off. All
+take turns; the table has medians over the repeats, and medians of the ratios to ours in the same round. CPU is the process's
+time on all its threads: with one thread it says on a busy machine what the clock says on an idle one.
 """
 import argparse
 import copy
@@ -70,7 +71,8 @@ class Tiny(nn.Module):
 
 def ours(gpt, tokenizer, prompts):
     """A function that does one iteration of ppo_reft.py."""
-    args = ppo_reft.Args(batch_size=ROWS, minibatch_size=ROWS, micro_batch_size=ROWS, ppo_epochs=PASSES, max_new_tokens=NEW, lr=LR)
+    args = ppo_reft.Args(batch_size=ROWS, minibatch_size=ROWS, micro_batch_size=ROWS, ppo_epochs=PASSES, max_new_tokens=NEW,
+                         lr=LR)
     ref = copy.deepcopy(gpt).requires_grad_(False)
     gpt.add_value_head()
     gpt.config.eos_id = -1                              # no token ends a response
@@ -169,7 +171,8 @@ def main():
     print(f"{parameters / 1e6:.2f}M parameters, {args.threads} threads, torch {torch.__version__}, "
           f"transformers {transformers.__version__}, trl {trl.__version__}")
     pieces = ("iteration", "generation", "update", "reward model", "CPU")
-    print(f"{'seconds, median of ' + str(args.repeats):24}" + "".join(f"{piece:>14}" for piece in pieces) + f"{'ratio':>9}{'CPU ratio':>11}")
+    head = "".join(f"{piece:>14}" for piece in pieces) + f"{'ratio':>9}{'CPU ratio':>11}"
+    print(f"{'seconds, median of ' + str(args.repeats):24}{head}")
     results = []
     for name, measured in runs.items():
         row = {piece: statistics.median(m.get(piece, 0) for m in measured) for piece in pieces}

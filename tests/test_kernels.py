@@ -255,6 +255,10 @@ def test_shapes_and_strides(path):
     z, y = normal(2, 3, 37), tokens(6, 37).view(2, 3)
     logprobs, entropy = token_logprobs(z, y)
     assert logprobs.shape == entropy.shape == token_kl(z, z + 1).shape == (2, 3)
+    W = normal(11, 37, seed=1)
+    flat = linear_stats(z.view(6, 37), W, y.view(6) % 11, z.view(6, 37) + 1, W)
+    for ours, same in zip(linear_stats(z, W, y % 11, z + 1, W), flat):
+        assert ours.shape == (2, 3) and torch.equal(ours.view(6), same)
     wide = torch.full((6, 64), torch.nan, device=DEVICE)                        # NaN beside the rows
     wide[:, 9:46] = z.view(6, 37)
     before = wide.clone()
@@ -367,6 +371,19 @@ def test_linear_under_autocast(path, tiny_tiles):
     assert dx.dtype == dW.dtype == torch.float32
     assert error(out[0], exact[0]) <= 5e-6 and error(out[1], exact[1]) <= 5e-6
     assert relative(dW, exact_dW) <= 1e-2       # G and its operands are bfloat16
+
+
+@needs_triton
+def test_frozen_head_costs_less(monkeypatch):
+    """One tile: its logits forward and backward and d hidden; d weight only of a trained head."""
+    monkeypatch.setattr(kernels, "PATH", "triton")
+    products, product = [], linear.product
+    monkeypatch.setattr(linear, "product", lambda *args, **kwargs: products.append(args) or product(*args, **kwargs))
+    x, W, y, g = normal(3, 8), normal(37, 8), tokens(3, 37), torch.ones(2, 3, device=DEVICE)
+    run(linear_logprobs, [x, W], y, g=g)
+    assert len(products) == 4
+    run(linear_logprobs, [x], W, y, g=g)
+    assert len(products) == 4 + 3
 
 
 class PeakMemory(TorchDispatchMode):
