@@ -87,7 +87,7 @@ class Args:
     train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most; also of a training problem
-    operations_hard: int = 8         # most of a hard test problem, which has at least one more than any in training
+    operations_hard: int = 8         # most of a hard test problem, which has more than any question of the RL
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
     warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0 with --model: take the checkpoint as it is
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
@@ -711,14 +711,18 @@ def settle(args):
 
 
 def hard_problems(max_len, tokenizer, args):
-    """A second, harder test set, with more operations than any other problem; none for data from files."""
-    records = [] if args.train_data else builtin_records(args.eval_size, args.operations_high + 1, args.operations_hard, 4, args)
-    problems = [encode_record(parse_record(record, "built-in", args), tokenizer, args) for record in records]
-    longest = max((len(problem["prompt"]) + len(problem["given"]) for problem in problems), default=0) + args.max_new_tokens
+    """A second test set with more operations than any question of the reinforcement learning, and demonstrations of other such
+    problems for the warm-up: a small GPT has no idea of lengths that it never saw. Neither for data from files."""
+    if args.train_data:
+        return [], []
+    low, high = args.operations_high + 1, args.operations_hard
+    test = builtin_records(args.eval_size, low, high, 4, args)
+    shown = builtin_records(args.train_size // 8, low, high, 5, args, without=test)
+    test, shown = ([encode_record(parse_record(r, "built-in", args), tokenizer, args) for r in part] for part in (test, shown))
+    longest = max(len(p["prompt"]) + max(len(p["response"]), len(p["given"]) + args.max_new_tokens) for p in test + shown)
     if longest > max_len:
-        raise InputError(f"--operations-hard {args.operations_hard}: {longest} tokens with the response, the model's context "
-                         f"holds {max_len}")
-    return problems
+        raise InputError(f"--operations-hard {high}: {longest} tokens with the response, the model's context holds {max_len}")
+    return test, shown
 
 
 # ---- rollout and advantages --------------------------------------------------------------------------------------------------
@@ -1046,10 +1050,10 @@ def adamw(modules, lr):
 def main(args):
     settle(args)
     policy, tokenizer, train, dev, test = prepare(args)
-    hard = hard_problems(policy.config.max_len, tokenizer, args)
+    hard, shown = hard_problems(policy.config.max_len, tokenizer, args)
     tests = {"": test} | ({"hard_": hard} if hard else {})
     state, saved = open_run(args)
-    out, rows = Path(args.out), [sft_row(problem) for problem in train]
+    out, rows = Path(args.out), [sft_row(problem) for problem in train + shown]
 
     print_ids("first prompt", train[0]["prompt"] + train[0]["given"], tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)

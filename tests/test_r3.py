@@ -1,0 +1,332 @@
+"""What r3.py adds: where demonstrations are cut, what a start gives, which starts a batch holds, and that the rest is ReFT's PPO."""
+import collections
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+import torch
+
+import ppo_reft as reft
+import r3
+from model import GPT, GPTConfig, InputError, Tokenizer
+from test_losses import Words, tiny
+
+ARGS = dataclasses.replace(r3.Args(), device="cpu")
+PIECES = [chr(i) for i in range(32, 127)] + ["\n", "\n\n", "\n   ", ".\n", "####", "    ", " = ", "clips", "answer"]   # seams to get wrong
+
+
+def encoded(record, tokenizer=None, **flags):
+    """A record in ReFT's form, read and encoded as prepare() does."""
+    args = dataclasses.replace(ARGS, **flags)
+    return r3.encode_record(r3.parse_record(record, "here", args), tokenizer or Tokenizer.from_pieces(PIECES), args)
+
+
+# ---- F10: p_k ----------------------------------------------------------------------------------------------------------------
+
+TABLE = {1: [0, 0, 0, 0, 0], 2: [0, 0, 1, 1, 1], 3: [0, 1, 1, 2, 2], 4: [0, 1, 2, 2, 3], 5: [0, 1, 2, 3, 4], 6: [0, 1, 2, 4, 5],
+         7: [0, 1, 3, 4, 6], 8: [0, 2, 3, 5, 6], 9: [0, 2, 4, 5, 7], 10: [0, 2, 4, 6, 8], 13: [0, 3, 5, 8, 10]}
+
+
+@pytest.mark.parametrize("lines, expected", TABLE.items())
+def test_lines_given_at_each_start(lines, expected):
+    assert r3.evenly(lines, 5) == expected
+
+
+def test_halves_are_rounded_up():
+    assert r3.evenly(3, 6) == [0, 1, 1, 2, 2, 2]                             # round(0.5) would be 0
+    assert r3.evenly(9, 6) == [0, 2, 3, 5, 6, 8]
+    assert r3.evenly(7, 1) == [0]
+
+
+# ---- F11: the seam -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("pieces, tokens, count", [
+    (["x", " =", " 1", "\n   ", " y", " 2"], ["x", " =", " 1", "\n   ", " y", " =", " 2"], 4),
+    (["x", " =", " 1", "\n", "    y", " 2"], ["x", " =", " 1", "\n", "    y", " =", " 2"], 4),
+    (["x", " =", " 1\n", "    y", " 2"], ["x", " =", " 1\n", "    y", " =", " 2"], 3),
+])
+def test_a_line_ends_where_the_next_one_begins(pieces, tokens, count):
+    tokenizer, text = Tokenizer.from_pieces(pieces), "x = 1\n    y = 2"
+    problem = {"cot": text, "response": tokenizer.encode(text)}
+    assert [tokenizer.decode([i]) for i in problem["response"]] == tokens
+    whole = r3.tokens_of_lines(problem, 1, tokenizer)
+    assert whole == (3 if "\n   " in pieces else count)                     # the token across the place is left to the policy
+    assert r3.tokens_of_lines(problem, 0, tokenizer) == 0 and r3.tokens_of_lines(problem, 2, tokenizer) == len(tokens)
+
+
+def test_blank_lines_do_not_count_and_belong_to_the_line_above():
+    problem = encoded({"question": "How many?", "answer_cot": "a\n\n \nb\nc", "answer_value": "3"})
+    states = r3.start_states(problem, Tokenizer.from_pieces(PIECES), ARGS)
+    decode = Tokenizer.from_pieces(PIECES).decode
+    assert [decode(s["given"]) for s in states] == ["", "a\n\n \n", "a\n\n \n", "a\n\n \nb\n", "a\n\n \nb\n"]
+
+
+def test_text_counts_in_bytes():
+    tokenizer = Tokenizer.from_pieces(PIECES + ["ä", "€"])
+    states = r3.start_states(encoded({"question": "?", "answer_cot": "5 € = ä\n6 €", "answer_value": "6"}, tokenizer), tokenizer, ARGS)
+    assert tokenizer.decode(states[4]["given"]) == "5 € = ä\n"
+
+
+def test_uniform_cuts_by_tokens_and_auto_takes_it_for_a_single_line():
+    tokenizer = Tokenizer.from_pieces(PIECES)
+    ten, three = ({"question": "?", "answer_cot": text, "answer_value": "1"} for text in ("a b c d ef", "abc"))
+    counts = lambda record, **flags: [len(s["given"]) for s in r3.start_states(
+        encoded(record, tokenizer), tokenizer, dataclasses.replace(ARGS, **flags))]
+    assert counts(ten, split="uniform") == counts(ten, split="auto") == [0, 2, 4, 6, 8]
+    assert counts(three, split="uniform") == [0, 1, 1, 2, 2]
+    assert counts(ten, split="lines") == [0] * 5
+    two = {"question": "?", "answer_cot": "ab\ncd", "answer_value": "1"}
+    assert counts(two, split="auto") == counts(two, split="lines") == [0, 0, 3, 3, 3]
+    assert counts(two, split="uniform") == [0, 1, 2, 3, 4]
+
+
+GSM = [{"question": "Ann sold 4 clips in May.\nHow many?", "answer": "In April 2+2=<<2+2=4>>4 clips.\n\nIn May 4/2 = <<4/2=2>>2.\nAll: 4+2=6\n#### 6"},
+       {"question": "What is 1,000 + 0?", "answer": "1,000 is enough.\nIt stays.\n#### 1,000"}]
+TEXT = [{"question": "What is 3 + 4?", "answer_cot": "3 + 4 = 7\n\nTherefore, the answer is <7>.", "answer_value": "7.0"},
+        {"question": "What is 9 - 4?", "answer_cot": "9 less 4.\n9 - 4 = 5\nTherefore, the answer is <5>.", "answer_value": "5.0"}]
+
+
+@pytest.mark.parametrize("split", ["lines", "uniform", "auto"])
+@pytest.mark.parametrize("stages", [1, 5, 6])
+@pytest.mark.parametrize("record", GSM + TEXT)
+def test_start_and_rest_are_the_demonstration(record, stages, split):
+    """The tokens of prompt + given + rest are those of the warm-up, no start holds the answer line, later ones give more, and the
+    whole earns 1."""
+    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, stages=stages, split=split)
+    problem = encoded(record, tokenizer)
+    states = r3.start_states(problem, tokenizer, args)
+    counts = [len(s["given"]) for s in states]
+    assert [s["stage"] for s in states] == list(range(stages)) and counts[0] == 0 and counts == sorted(counts)
+    for state, count in zip(states, counts):
+        assert state["prompt"] + state["given"] + problem["response"][count:] == r3.sft_row(problem)[0]
+        given = tokenizer.decode(state["given"])
+        assert "#" not in given and problem["cot"].startswith(given) and given.strip() != problem["cot"]
+        text = r3.responses(torch.tensor([r3.sft_row(problem)[0]]), torch.tensor([[False] * (len(state["prompt"]) + count - 1)
+                            + [True] * (len(problem["response"]) - count)]), [state], tokenizer)
+        assert r3.reward(r3.read_answers(text, [state], args), [state], args).item() == 1
+
+
+def test_the_answer_line_is_no_line_of_the_demonstration():
+    tokenizer = Tokenizer.from_pieces(PIECES)
+    decode = lambda record: [tokenizer.decode(s["given"]).count("\n") for s in r3.start_states(encoded(record, tokenizer), tokenizer, ARGS)]
+    assert decode(GSM[1]) == [0, 0, 1, 1, 1]                                 # T = 2, not 3
+    assert decode(TEXT[1]) == [0, 0, 1, 1, 1]                                # SVAMP's closing sentence is gone
+    assert tokenizer.decode(encoded(TEXT[1], tokenizer)["response"][:-1]) == "9 less 4.\n9 - 4 = 5\n#### 5.0"
+
+
+# ---- programs ----------------------------------------------------------------------------------------------------------------
+
+PROGRAM = 'def solution():\n    """How many?"""\n    a = 1\n    b = 2\n\n    c = a + b\n    d = c + 0\n    return d'          # 7 lines
+REWORDED = PROGRAM.replace("How many?", "So how\n    many?")
+
+
+@pytest.mark.parametrize("split", ["lines", "uniform", "auto"])
+@pytest.mark.parametrize("program", [PROGRAM, REWORDED, 'def solution():\n    """How many?"""\n    return 3', "def solution():\n    return 3"])
+def test_a_program_cut_anywhere_and_joined_runs(program, split):
+    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program", split=split)
+    problem = encoded({"question": "How many?", "answer_cot": program, "answer_value": "3.0"}, tokenizer, cot="program")
+    states = r3.start_states(problem, tokenizer, args)
+    header = {PROGRAM: 2, REWORDED: 3}.get(program, program.count("\n"))       # lines of its own def line and docstring
+    own = r3.tokens_of_lines(problem, header, tokenizer)
+    texts = []
+    for state in states:
+        given = state["given"]
+        assert len(given) >= len(problem["given"])                          # never less than def line and docstring
+        rest = problem["response"][len(given) if given == problem["response"][:len(given)] else own:-1]
+        texts.append(tokenizer.decode(given + rest))
+    answers = r3.read_answers(texts, states, args)
+    assert (r3.reward(answers, states, args) == 1).all(), (texts, answers)
+    assert states[0]["given"] == problem["given"] and tokenizer.decode(problem["given"]).rstrip() == PROGRAM[:PROGRAM.index("\n    a")]
+
+
+def test_lines_of_a_program_start_after_its_header():
+    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program")
+    problem = encoded({"question": "How many?", "answer_cot": PROGRAM, "answer_value": "3"}, tokenizer, cot="program")
+    lines = [len(r3.line_starts(tokenizer.decode(s["given"]))) for s in r3.start_states(problem, tokenizer, args)]
+    assert lines == [2, 2, 3, 4, 6]
+
+
+def test_builtin_problems_have_the_seam_of_their_demonstrations():
+    for cot in ("text", "program"):
+        args, tokenizer = dataclasses.replace(ARGS, train_size=60, eval_size=10, cot=cot), r3.builtin_tokenizer()
+        for problem in [r3.encode_record(r, tokenizer, args) for r in r3.load_problems(args)[0]]:
+            for state in r3.start_states(problem, tokenizer, args):
+                assert state["given"] == problem["response"][:len(state["given"])]
+                assert "####" not in tokenizer.decode(state["given"])
+
+
+# ---- F12: which starts a batch holds -----------------------------------------------------------------------------------------
+
+STARTS = [[{"stage": k, "number": i} for k in range(5)] for i in range(16)]
+
+
+def stages_drawn(**flags):
+    args = dataclasses.replace(ARGS, iterations=10, batch_size=8, **flags)
+    return [r3.draw_starts(STARTS, iteration, args) for iteration in range(1, 11)]
+
+
+def test_every_method_makes_as_many_rollouts():
+    for method in ("r3", "staged", "rl"):
+        assert sum(map(len, stages_drawn(method=method))) == 80
+
+
+def test_staged_goes_backwards_an_equal_share_each():
+    assert [{s["stage"] for s in batch} for batch in stages_drawn(method="staged")] == [{k} for k in (4, 4, 3, 3, 2, 2, 1, 1, 0, 0)]
+    for iterations in (1, 3, 7, 12, 60):                                    # not a multiple of M: still ends with the question alone
+        args = dataclasses.replace(ARGS, method="staged", iterations=iterations)
+        ks = [r3.draw_starts(STARTS, i, args)[0]["stage"] for i in range(1, iterations + 1)]
+        assert ks == sorted(ks, reverse=True) and ks[-1] == 0 and (iterations < 5 or set(ks) == {0, 1, 2, 3, 4})
+
+
+def test_mixed_visits_every_start_once_an_epoch_equal_ones_included():
+    drawn = sum(stages_drawn(method="r3"), [])                               # 80 = 16 problems * 5 starts
+    assert sorted((s["number"], s["stage"]) for s in drawn) == [(i, k) for i in range(16) for k in range(5)]
+    assert len({s["stage"] for s in drawn[:8]}) > 1
+    assert {s["stage"] for batch in stages_drawn(method="rl") for s in batch} == {0}
+
+
+def test_weights_repeat_or_drop_starts():
+    counts = collections.Counter(s["stage"] for batch in stages_drawn(method="r3", stage_weights="2,0,1,1,1") for s in batch)
+    assert counts == {0: 32, 2: 16, 3: 16, 4: 16}
+
+
+@pytest.mark.parametrize("weights", ["1,1", "1,1,1,1,x", "0,0,0,0,0", "1,1,1,1,-1", "1.5,1,1,1,1"])
+def test_wrong_weights_are_refused(weights):
+    with pytest.raises(InputError, match="stage-weights"):
+        r3.all_starts([], tiny(), None, dataclasses.replace(ARGS, stage_weights=weights))
+
+
+def test_a_start_that_fills_the_context_is_refused():
+    tokenizer = Tokenizer.from_pieces(PIECES)
+    policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=200))
+    problem = encoded(TEXT[1], tokenizer)
+    used = len(problem["prompt"]) + len(r3.start_states(problem, tokenizer, ARGS)[-1]["given"])
+    assert r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, max_new_tokens=200 - used))
+    with pytest.raises(InputError, match="start state 2"):
+        r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, max_new_tokens=201 - used))
+
+
+# ---- outcomes ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, expected", [("#### 18", 1), ("#### $18", 1), ("#### 18 apples.", 1), ("#### 19", 0.2), ("18", 0), ("#### nan", 0),
+                                            ("#### 5\n#### 18", 1), ("#### 18\n#### 5", 0.2), ("The answer is 18", 0), ("####18", 1), ("", 0)])
+def test_outcomes(text, expected):
+    problem = {"gold": 18.0}
+    assert r3.reward(r3.read_answers([text], [problem], ARGS), [problem], ARGS).item() == pytest.approx(expected)
+
+
+def test_svamp_pays_a_tenth_and_strict_reads_as_the_authors():
+    problem, args = {"gold": 1000.0}, dataclasses.replace(ARGS, partial_reward=0.1)
+    assert r3.reward(r3.read_answers(["#### 19"], [problem], args), [problem], args).item() == pytest.approx(0.1)
+    assert r3.reward(r3.read_answers(["#### 1,000"], [problem], args), [problem], args).item() == 1
+    strict = dataclasses.replace(ARGS, strict=True)
+    assert r3.reward(r3.read_answers(["#### 1,000"], [problem], strict), [problem], strict).item() == 0
+
+
+# ---- the loss sees sampled tokens only ---------------------------------------------------------------------------------------
+
+def test_given_tokens_are_context_not_actions():
+    """Prompt of 3 ids, 2 given, a response of 3: the mask marks the three sampled tokens, the outcome sits on the last."""
+    policy, args = tiny(), dataclasses.replace(ARGS, max_new_tokens=3)
+    problem = {"prompt": [5, 6, 7], "given": [8, 9], "response": [8, 9, 2], "gold": 1.0, "stage": 1}
+    torch.manual_seed(1)
+    data, _ = r3.rollout(policy, policy, policy, [problem] * 6, Words(), args)
+    row = next(i for i in range(6) if data["response_mask"][i].sum() == 3)
+    assert data["response_mask"][row].tolist() == [False] * 4 + [True] * 3
+    assert data["tokens"][row, :5].tolist() == [5, 6, 7, 8, 9]
+    for name in ("old_logprobs", "old_values", "advantages", "returns"):
+        assert not data[name][:, :4].any(), name
+    rewards = r3.token_rewards(torch.tensor([1.0]), torch.zeros(1, 9), torch.zeros(1, 9), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool(), args)
+    assert rewards[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_log_by_stage():
+    data = {"outcomes": torch.tensor([1.0, 0.2, 0.0, 1.0]), "response_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 1, 1]]).bool()}
+    log = r3.by_stage(data, [{"stage": k} for k in (0, 2, 2, 2)], dataclasses.replace(ARGS, stages=3))
+    assert log["stage_rollouts"] == [1, 0, 3]
+    assert log["stage_accuracy"] == [1, None, pytest.approx(1 / 3, abs=1e-6)]
+    assert log["stage_unparsed"] == [0, None, pytest.approx(1 / 3, abs=1e-6)]
+    assert log["stage_length"] == [2, None, 2]
+
+
+# ---- from the question alone it is ReFT --------------------------------------------------------------------------------------
+
+SMALL = dict(device="cpu", train_size=60, eval_size=8, n_layer=1, n_embd=16, n_head=2, warmup_epochs=1, warmup_batch_size=8, iterations=2,
+             batch_size=8, minibatch_size=8, micro_batch_size=4, max_new_tokens=12, eval_every=2, operations_low=3, operations_high=6,
+             partial_reward=0.1)
+
+
+def outcome_of(module, out, **flags):
+    """A run's log without times, and its weights."""
+    defaults = {f.name: f.default for f in dataclasses.fields(reft.Args) if f.name not in ("method",)}
+    names = {f.name for f in dataclasses.fields(module.Args)}
+    module.main(module.Args(**({k: v for k, v in defaults.items() if k in names} | SMALL | {"out": str(out)} | flags)))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "total_tokens") and not k.startswith("stage_")} for r in log]
+    return log, torch.load(out / "state.pt", weights_only=True)["policy"]
+
+
+@pytest.mark.parametrize("kl", ["k1", "exact"])
+def test_rl_from_the_question_is_reft_bit_for_bit(kl, tmp_path, monkeypatch):
+    """With ReFT's prompt, trigger and partial reward: warm-up, rollouts, updates and evaluation, every number and every weight."""
+    for name in ("PROMPT", "ANSWER", "TRIGGER"):
+        monkeypatch.setattr(r3, name, getattr(reft, name))
+    ours, our_weights = outcome_of(r3, tmp_path / "r3", method="rl", kl=kl)
+    theirs, weights = outcome_of(reft, tmp_path / "reft", method="reft", kl=kl)
+    assert ours == theirs and len(ours) == 4
+    assert our_weights.keys() == weights.keys() and all(torch.equal(our_weights[k], weights[k]) for k in weights)
+
+
+def test_the_demonstration_does_not_touch_rl_from_the_question():
+    tokenizer, args = r3.builtin_tokenizer(), dataclasses.replace(ARGS, **(SMALL | {"method": "rl"}))
+    policy, _ = r3.initial_policy(args)
+    policy.add_value_head()
+    records, found = r3.load_problems(args)[0], []
+    for change in (lambda cot: cot, lambda cot: "1 + 1 = 2\n" + cot):
+        problems = [r3.encode_record(record | {"cot": change(record["cot"])}, tokenizer, args) for record in records]
+        batch = r3.draw_starts(r3.all_starts(problems, policy, tokenizer, args), 1, args)
+        torch.manual_seed(0)
+        found.append(r3.rollout(policy, policy, policy, batch, tokenizer, args)[0])
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_evaluation_gives_nothing_of_the_demonstration():
+    """The dev and test problems that main evaluates come from prepare(): a demonstration in them is never given."""
+    _, tokenizer, _, dev, test = r3.prepare(dataclasses.replace(ARGS, **SMALL))
+    assert all(problem["given"] == [] and "stage" not in problem for problem in dev + test)
+    assert all(p["prompt"] == tokenizer.encode(r3.PROMPT.format(question=p["question"])) for p in dev + test)
+
+
+# ---- why: success by start on a chain ----------------------------------------------------------------------------------------
+
+def test_success_on_a_chain_of_ten_coins():
+    remaining = [10 - p for p in r3.evenly(10, 5)]
+    assert [2.0 ** -n for n in remaining] == [2 ** -10, 2 ** -8, 2 ** -6, 2 ** -4, 2 ** -2]
+    mixed = sum(2.0 ** -n for n in remaining) / 5
+    assert mixed == pytest.approx(0.066602, abs=1e-6) and mixed / 2 ** -10 == pytest.approx(68.2, abs=0.01)
+
+
+def chain(method, iterations=1000, steps=10, batch=32):
+    """One logit for each of ten steps, reward 1 if all that were left are right; REINFORCE on whitened outcomes, a mean per row
+    and over rows. Returns the chance of success from the question alone."""
+    torch.manual_seed(0)
+    theta = torch.zeros(steps)
+    args = dataclasses.replace(ARGS, method=method, iterations=iterations, batch_size=batch)
+    starts = [[{"stage": k, "given": given} for k, given in enumerate(r3.evenly(steps, 5))] for _ in range(64)]
+    for iteration in range(1, iterations + 1):
+        given = torch.tensor([s["given"] for s in r3.draw_starts(starts, iteration, args)])
+        mask = torch.arange(steps) >= given[:, None]                        # (B, steps)
+        chance = theta.sigmoid()
+        right = torch.rand(batch, steps) < chance
+        outcomes = (right | ~mask).all(1).float()
+        advantages, _ = r3.whiten(torch.where(mask, outcomes[:, None], 0), mask)
+        row_mean = mask / mask.sum(1, keepdim=True) / batch
+        theta += 0.5 * (row_mean * advantages * (right.float() - chance)).sum(0)        # d log pi / d logit = a - p
+    return theta.sigmoid().prod().item()
+
+
+def test_the_curriculum_finds_what_the_question_alone_does_not():
+    assert chain("rl") < 0.05
+    assert chain("r3") > 0.15 and chain("staged") > 0.15
