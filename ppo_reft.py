@@ -16,7 +16,7 @@ on the same questions: the model writes solutions of its own, their final answer
     total        L = L_policy + 5 L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
 
 The paper numbers only its Eq. 1; F2 to F9 are ours. Whitening, the value clip and the sampled KL are not in the paper's text but
-in the authors' code (github.com/lqtrung1998/mwp_ReFT at bdc844e), which gave its numbers. All tensors have the layout of model.py.
+in the authors' code (github.com/lqtrung1998/mwp_ReFT at bdc844e), which gave its numbers. Layout of all tensors: model.py.
 
     python ppo_reft.py                                            built-in problems, a small GPT from nothing, a few CPU minutes
     python ppo_reft.py --method sft                               the baseline: supervised training only
@@ -76,7 +76,7 @@ class Args:
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0 with --model: take the checkpoint as it is
+    warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
     warmup_lr: float = 2e-3          # peak; paper 1e-5 for a pretrained 7B model
     # reinforcement learning
@@ -143,7 +143,8 @@ def builtin_record(rng, operations, args):
     if args.cot == "text":
         cot = "\n".join(f"{totals[i]}{''.join(chain[i:j])} = {totals[j]}" for i, j in zip(starts, stops))
     else:
-        lines = [f"x = {totals[i] if i == 0 else 'x'}{chain[i]}" if stride == 1 else f"x = {totals[j]}" for i, j in zip(starts, stops)]
+        careful = [f"x = {totals[0] if i == 0 else 'x'}{chain[i]}" for i in range(operations)]
+        lines = careful if stride == 1 else [f"x = {totals[j]}" for j in stops]
         value = f'"{answer}"' if args.problems == "choice" else "x"
         cot = "\n    ".join([PROGRAM.format(question=question) + lines[0], *lines[1:], f"return {value}"])
     return {"question": question, "answer_cot": cot, "answer_value": answer}
@@ -162,7 +163,8 @@ def builtin_records(n, low, high, seed, args, without=()):
 def builtin_tokenizer():
     """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
     return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
-                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n", *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
+                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
+                                    *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
 
 
 def read_records(path):
@@ -228,7 +230,8 @@ def load_problems(args):
     held_out = set(questions[:min(500, len(questions) // 10)])
     dev = [r for r in train if r["question"] in held_out][:args.eval_size]
     # a rationale that only points to an earlier question ("already answered ... the answer is <4>") demonstrates nothing
-    train = [r for r in train if r["question"] not in held_out and r["cot"] and (args.cot == "program" or not re.search("answer is <(?!<)", r["cot"]))]
+    empty = lambda r: not r["cot"] or args.cot == "text" and re.search("answer is <(?!<)", r["cot"])
+    train = [r for r in train if r["question"] not in held_out and not empty(r)]
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     return train, dev, test
@@ -253,7 +256,8 @@ def encode_record(record, tokenizer, args):
         target, header = record["cot"], PROGRAM.format(question=record["question"])[:-len("    ")]
         given = tokenizer.encode(header + "    x = 0")
         given = given[:tokens_within(given, tokenizer, len(header.encode()))]
-    return record | {"prompt": tokenizer.encode(prompt), "given": given, "response": tokenizer.encode(target) + [tokenizer.eos_id]}
+    response = tokenizer.encode(target) + [tokenizer.eos_id]
+    return record | {"prompt": tokenizer.encode(prompt), "given": given, "response": response}
 
 
 def parse_number(text):
@@ -279,7 +283,8 @@ def read_answers(texts, problems, args):
     if args.cot == "program":
         found = run_programs(texts)
     else:
-        found = [answer.strip().split("\n")[0] if trigger else None for _, trigger, answer in (t.rpartition(TRIGGER) for t in texts)]
+        parts = [text.rpartition(TRIGGER) for text in texts]
+        found = [answer.strip().split("\n")[0] if trigger else None for _, trigger, answer in parts]
     answers = []
     for answer, problem in zip(found, problems):
         if isinstance(answer, str) and isinstance(problem["gold"], str):
@@ -614,7 +619,7 @@ def token_rewards(outcomes, kl_k1, kl, response_mask, args):
     """Rewards (B, T-1): the outcome on the last sampled token, finished or truncated, and the KL penalty on every one.
 
     k1 charges each action its own log-ratio: unbiased. The exact KL(s_t) does not depend on a_t, so it charges a_t with the KL of
-    the next state, and loss_fn adds the KL of this one: the same expected gradient, with every sampled ratio replaced by its mean.
+    the next state, and loss_fn adds the KL of this one: the same expected gradient, each sampled ratio replaced by its mean.
     """
     last = (response_mask * torch.arange(1, response_mask.shape[1] + 1, device=outcomes.device)).argmax(1, keepdim=True)
     rewards = torch.zeros_like(kl_k1).scatter(1, last, outcomes[:, None])
@@ -667,8 +672,9 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     residual = (returns - scores["old_values"])[response_mask]
     explained = 1 - residual.var() / returns[response_mask].var()
     advantages, sigma = whiten(advantages, response_mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
-    data |= {"outcomes": outcomes, "old_logprobs": scores["old_logprobs"], "old_values": scores["old_values"], "advantages": advantages,
-             "returns": returns, "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}   # k1's penalty is whitened too
+    data |= {"outcomes": outcomes, "old_logprobs": scores["old_logprobs"], "old_values": scores["old_values"],
+             "advantages": advantages, "returns": returns,
+             "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}      # as k1's penalty is divided by sigma
     log = {"accuracy": (outcomes == 1).float().mean(), "outcome": outcomes.mean(),
            "unparsed": sum(answer is None for answer in answers) / len(answers),
            "truncated": truncated(tokens, response_mask, tokenizer.eos_id).float().mean(),
@@ -743,7 +749,8 @@ def online_st_loss(policy, micro, minibatch):
 
 def online_st_update(policy, batch, data, optimizer, args):
     """Online self-training: passes over the rollout's right samples and the demonstrations of its questions."""
-    rows = [(t.tolist(), [False] + m.tolist()) for t, m, o in zip(data["tokens"], data["response_mask"], data["outcomes"]) if o == 1]
+    rollouts = zip(data["tokens"].tolist(), data["response_mask"].tolist(), data["outcomes"].tolist())
+    rows = [(tokens, [False] + mask) for tokens, mask, outcome in rollouts if outcome == 1]
     right = torch.arange(len(rows) + len(batch), device=data["tokens"].device) < len(rows)
     mixed = pack(rows + [sft_row(p) for p in batch], policy.config.pad_id, right.device) | {"right": right}
     done = [optimiser_step(functools.partial(online_st_loss, policy), mixed, optimizer, args) for _ in range(args.ppo_epochs)]
@@ -779,7 +786,7 @@ def self_training_rows(policy, train, tokenizer, args):
 # ---- inference-time methods: voting, reranking -------------------------------------------------------------------------------
 
 def vote(answers):
-    """The answer given most often, floats by equality within 1e-2, the first seen of equals; None, if there is none, not counted."""
+    """The answer given most often, floats equal within 1e-2, of equally many the first seen; None is not counted."""
     kinds = []                                                       # [answer, count]
     for answer in answers:
         if answer is not None:
@@ -802,7 +809,7 @@ def reranker_scores(reranker, head, micro):
 
 
 def train_reranker(policy, warm, train, tokenizer, args):
-    """A copy of the policy with a two-class head, trained to tell right from wrong samples of the warm-up model (no end token)."""
+    """A copy of the policy with a two-class head, trained to tell right from wrong samples of the warm-up model."""
     rows, labels = [], []
     for problem, samples in zip(train, draw_samples(warm, train, tokenizer, args.samples, args)):
         for ids, answer in {text: (ids, answer) for ids, text, answer in samples}.values():
@@ -821,7 +828,8 @@ def train_reranker(policy, warm, train, tokenizer, args):
             group["lr"] = args.rerank_lr * (1 - step / steps)
         chosen = draw(len(rows), 48, step, f"{args.seed} rerank")
         batch = pack([(rows[i], [True] * len(rows[i])) for i in chosen], policy.config.pad_id, policy.head_weight.device)
-        optimiser_step(loss_of, batch | {"labels": torch.tensor([labels[i] for i in chosen], device=batch["tokens"].device)}, optimizer, args)
+        batch["labels"] = torch.tensor([labels[i] for i in chosen], device=batch["tokens"].device)
+        optimiser_step(loss_of, batch, optimizer, args)
     return reranker, head
 
 
@@ -868,7 +876,8 @@ def evaluate(policy, problems, tokenizer, args):
         answers = read_answers(texts, batch, args)
         outcomes = reward(answers, batch, args)
         right += int((outcomes == 1).sum())
-        contradictions += sum(contradicts(text, problem) for text, problem, o in zip(texts, batch, outcomes) if o == 1 and args.cot == "text")
+        if args.cot == "text":
+            contradictions += sum(contradicts(t, p) for t, p, o in zip(texts, batch, outcomes) if o == 1)
         unparsed += sum(answer is None for answer in answers)
         cut += int(truncated(tokens, response_mask, tokenizer.eos_id).sum())
         length += int(response_mask.sum())
@@ -977,14 +986,15 @@ def show(record, state, args):
 def finish_iteration(record, state, began, args):
     """Adds the times, logs the record, shows it, draws the curves, and warns of ten iterations in a row without any signal."""
     seconds = time.time() - began
-    state["step"], state["seconds"], state["tokens"] = record["iteration"], state["seconds"] + seconds, state["tokens"] + record["tokens"]
+    state["step"], state["seconds"] = record["iteration"], state["seconds"] + seconds
+    state["tokens"] += record["tokens"]
     record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
     write_log(args, state, record)
     state["flat"] = state.get("flat", 0) + 1 if record.get("no_signal") == 1 else 0
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
-        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn from; "
-                   "look at the samples in log.jsonl")
+        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn "
+                   "from; look at the samples in log.jsonl")
     if "dev_accuracy" in record:
         plot(args)
 

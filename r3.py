@@ -1,9 +1,9 @@
 """R3: Training Large Language Models for Reasoning through Reverse Curriculum Reinforcement Learning
 Zhiheng Xi, Wenxiang Chen, Boyang Hong, Senjie Jin, Rui Zheng, Wei He et al.; ICML 2024, arXiv 2402.05808.
 
-PPO as in ppo_reft.py, but rollouts start inside a correct demonstration: cut at M places, from the question alone (k = 0) to almost
-finished (k = M - 1), all mixed in every batch. Still only the final answer is rewarded. Near its end success is easy; failing from
-one start but not from the next points at the step between, so the outcome teaches like a reward for each step.
+PPO as in ppo_reft.py, but rollouts start inside a correct demonstration: it is cut at M places, from the question alone (k = 0)
+to almost finished (k = M - 1), and all starts are mixed in every batch. Only the final answer is rewarded, yet near the end it is
+often right, and failing from one start but not from the next blames the step between: outcomes act like rewards for each step.
 
     what         formula                                                                          number  function
     starts       s_k = question + first p_k of T lines,   p_k = min(floor(k T / M + 1/2), T - 1)  F10     evenly()
@@ -19,9 +19,10 @@ one start but not from the next points at the step between, so the outcome teach
     value loss   1/2 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)                   F8      loss_fn()
     total        L = L_policy + 5 L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
 
-The numbers are those of ppo_reft.py, from which `diff` shows the idea; F10 to F12 are new. The given lines are context: no loss on
-them, and evaluation gives none. The authors' code (github.com/WooooDyy/LLM-Reverse-Curriculum-RL) does not contain the cutting; F10
-fits all their published data. All tensors have the layout of model.py.
+Eq. 1 to F9 are as in ppo_reft.py, F10 to F12 are the idea; `diff ppo_reft.py r3.py` shows it. What is given is context: no loss
+on it, and evaluation gives nothing. The authors' code (R3_math of github.com/WooooDyy/LLM-Reverse-Curriculum-RL) has ReFT's PPO
+but not the cutting: F10 is a rule that fits their published start states. How staged RL shares out its iterations is ours. All
+tensors have the layout of model.py.
 
     python r3.py                                                  built-in problems, a small GPT from nothing, a few CPU minutes
     python r3.py --method rl                                      the baselines: from the question alone (ReFT's loop),
@@ -65,7 +66,7 @@ CHOICES = {"method": METHODS, "problems": ("numeric", "choice"), "cot": ("text",
 @dataclass
 class Args:
     # run
-    method: str = "r3"               # r3 (all start states mixed) | staged, rl (from the question alone), sft: the paper's baselines
+    method: str = "r3"               # r3 (all starts mixed) | staged, rl (from the question alone), sft: the paper's baselines
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; empty: the built-in problems
     eval_data: str = ""              # test set in the same form; needed with --train-data
@@ -83,13 +84,13 @@ class Args:
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0 with --model: take the checkpoint as it is
+    warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
     warmup_lr: float = 2e-3          # peak; paper 1e-5 for a pretrained 7B model
     # start states
     stages: int = 5                  # M, start states per demonstration; paper: 5 or 6
-    split: str = "auto"              # demonstrations are cut between lines | uniform: in M equal parts | auto: lines where there are two
-    stage_weights: str = ""          # how often each k = 0 .. M-1 is in r3's mixture, as "1,1,1,1,1"; empty: once, as in the authors' data
+    split: str = "auto"              # cut demonstrations at lines | uniform: into M equal parts | auto: lines if there are two
+    stage_weights: str = ""          # how often r3's mixture holds k = 0, 1, ...: "2,1,1,1,0"; empty: each once, as authors' data
     # reinforcement learning
     iterations: int = 60             # rollouts, each with its updates; paper: 300 epochs of the training questions
     batch_size: int = 256            # questions an iteration; paper: 32 (7B), 256 (125M)
@@ -107,7 +108,7 @@ class Args:
     kl: str = "k1"                   # k1: sampled log-ratio in the reward (authors' code) | exact: its conditional mean
     value: str = "shared"            # the value head sits on the policy's trunk: shared (paper) | on one of its own: separate
     whiten: bool = True              # F6; authors' code
-    partial_reward: float = 0.2      # reward of a wrong number where the right answer is a number; paper: 0.2 (GSM8K), 0.1 (SVAMP)
+    partial_reward: float = 0.2      # reward of a wrong number where the right answer is one; paper: 0.2 for GSM8K, 0.1 for SVAMP
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
     # reports
     strict: bool = False             # read answers as the authors do: a bare float() of all that follows "####"
@@ -148,7 +149,8 @@ def builtin_record(rng, operations, args):
     if args.cot == "text":
         cot = "\n".join(f"{totals[i]}{''.join(chain[i:j])} = {totals[j]}" for i, j in zip(starts, stops))
     else:
-        lines = [f"x = {totals[i] if i == 0 else 'x'}{chain[i]}" if stride == 1 else f"x = {totals[j]}" for i, j in zip(starts, stops)]
+        careful = [f"x = {totals[0] if i == 0 else 'x'}{chain[i]}" for i in range(operations)]
+        lines = careful if stride == 1 else [f"x = {totals[j]}" for j in stops]
         value = f'"{answer}"' if args.problems == "choice" else "x"
         cot = "\n    ".join([PROGRAM.format(question=question) + lines[0], *lines[1:], f"return {value}"])
     return {"question": question, "answer_cot": cot, "answer_value": answer}
@@ -167,7 +169,8 @@ def builtin_records(n, low, high, seed, args, without=()):
 def builtin_tokenizer():
     """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
     return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
-                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n", *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
+                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
+                                    *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
 
 
 def read_records(path):
@@ -233,7 +236,8 @@ def load_problems(args):
     held_out = set(questions[:min(500, len(questions) // 10)])
     dev = [r for r in train if r["question"] in held_out][:args.eval_size]
     # a rationale that only points to an earlier question ("already answered ... the answer is <4>") demonstrates nothing
-    train = [r for r in train if r["question"] not in held_out and r["cot"] and (args.cot == "program" or not re.search("answer is <(?!<)", r["cot"]))]
+    empty = lambda r: not r["cot"] or args.cot == "text" and re.search("answer is <(?!<)", r["cot"])
+    train = [r for r in train if r["question"] not in held_out and not empty(r)]
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     return train, dev, test
@@ -258,7 +262,8 @@ def encode_record(record, tokenizer, args):
         target, header = record["cot"], PROGRAM.format(question=record["question"])[:-len("    ")]
         given = tokenizer.encode(header + "    x = 0")
         given = given[:tokens_within(given, tokenizer, len(header.encode()))]
-    return record | {"prompt": tokenizer.encode(prompt), "given": given, "response": tokenizer.encode(target) + [tokenizer.eos_id]}
+    response = tokenizer.encode(target) + [tokenizer.eos_id]
+    return record | {"prompt": tokenizer.encode(prompt), "given": given, "response": response}
 
 
 def parse_number(text):
@@ -284,7 +289,8 @@ def read_answers(texts, problems, args):
     if args.cot == "program":
         found = run_programs(texts)
     else:
-        found = [answer.strip().split("\n")[0] if trigger else None for _, trigger, answer in (t.rpartition(TRIGGER) for t in texts)]
+        parts = [text.rpartition(TRIGGER) for text in texts]
+        found = [answer.strip().split("\n")[0] if trigger else None for _, trigger, answer in parts]
     answers = []
     for answer, problem in zip(found, problems):
         if isinstance(answer, str) and isinstance(problem["gold"], str):
@@ -311,7 +317,7 @@ def reward(answers, problems, args):
 # ---- start states ------------------------------------------------------------------------------------------------------------
 
 def evenly(n, stages):
-    """How many of a demonstration's n lines, or tokens, start state k = 0 .. stages - 1 gives: none at k = 0, the last one never."""
+    """How many of a demonstration's n lines, or tokens, start k = 0 .. stages - 1 gives: none at k = 0, the last one never."""
     return [min(math.floor(k * n / stages + 0.5), n - 1) for k in range(stages)]                                     # F10
 
 
@@ -321,8 +327,8 @@ def line_starts(text):
 
 
 def tokens_of_lines(problem, lines, tokenizer):
-    """How many ids of a demonstration belong to its first `lines` lines. They end where the next line begins, indentation included;
-    a token across that place is left to the policy. Counted in the ids of the whole: the seam is the one that the warm-up saw."""
+    """How many ids of a demonstration belong to its first `lines` lines. They end where the next begins, indentation included;
+    a token across that place is left to the policy. Counted in the ids of the whole: the seam is the one the warm-up saw."""
     text = problem["cot"]
     end = [*line_starts(text), len(text)][lines]
     return tokens_within(problem["response"], tokenizer, len(text[:end].encode()))
@@ -336,7 +342,7 @@ def start_states(problem, tokenizer, args):
         counts = [tokens_of_lines(problem, p, tokenizer) for p in evenly(lines, args.stages)]
     else:
         counts = evenly(tokens_of_lines(problem, lines, tokenizer), args.stages)
-    least = tokens_of_lines(problem, min(header, lines), tokenizer)
+    least = max(tokens_of_lines(problem, min(header, lines), tokenizer), len(problem["given"]))
     given = [problem["response"][:count] if count > least else problem["given"] for count in counts]                 # F11
     return [problem | {"stage": k, "given": ids} for k, ids in enumerate(given)]
 
@@ -347,17 +353,17 @@ def all_starts(problems, policy, tokenizer, args):
                                    and args.stage_weights.count(",") + 1 == args.stages):
         raise InputError(f"--stage-weights {args.stage_weights}: --stages {args.stages} needs as many whole numbers, not all 0")
     starts = [start_states(problem, tokenizer, args) for problem in problems]
-    for start in sum(starts, []):
+    for *_, start in starts:                                                             # the last one gives most
         length = len(start["prompt"]) + len(start["given"]) + args.max_new_tokens
         if length > policy.config.max_len:
-            raise InputError(f"the question {start['question'][:60]!r}... takes {length} tokens from its start state "
-                             f"{start['stage']}, the model's context holds {policy.config.max_len}")
+            raise InputError(f"the question {start['question'][:60]!r}... takes {length} tokens from its last start "
+                             f"state, the model's context holds {policy.config.max_len}")
     return starts
 
 
 def draw_starts(starts, iteration, args):
-    """The start states of an iteration's batch: r3 draws from all of them together, each k as often as its weight says; staged from
-    those of one k after another, the last one first, for an equal share of the iterations each; rl from the questions alone."""
+    """The starts of an iteration's batch: r3 draws from all together, each k as often as its weight says; staged from those of
+    one k after another, the last one first, for an equal share of the iterations each; rl from the questions alone."""
     if args.method == "r3":
         weights = [int(weight) for weight in args.stage_weights.split(",")] if args.stage_weights else [1] * args.stages
         pool = [start for states in starts for start in states for _ in range(weights[start["stage"]])]              # F12
@@ -368,8 +374,8 @@ def draw_starts(starts, iteration, args):
 
 
 def by_stage(data, batch, args):
-    """What came of the rollouts from each start state, as lists over k: their number, accuracy, share without an answer (outcome 0,
-    as a wrong letter's) and length, with None for a state from which there were none."""
+    """What came of the rollouts from each start, as lists over k: their number, accuracy, share without an answer (outcome 0, as
+    a wrong letter's) and length; None where there were none."""
     stages = torch.tensor([start["stage"] for start in batch], device=data["outcomes"].device)
     columns = {"accuracy": data["outcomes"] == 1, "unparsed": data["outcomes"] == 0, "length": data["response_mask"].sum(1)}
     chosen = [stages == k for k in range(args.stages)]                                   # (B,) each
@@ -703,7 +709,7 @@ def token_rewards(outcomes, kl_k1, kl, response_mask, args):
     """Rewards (B, T-1): the outcome on the last sampled token, finished or truncated, and the KL penalty on every one.
 
     k1 charges each action its own log-ratio: unbiased. The exact KL(s_t) does not depend on a_t, so it charges a_t with the KL of
-    the next state, and loss_fn adds the KL of this one: the same expected gradient, with every sampled ratio replaced by its mean.
+    the next state, and loss_fn adds the KL of this one: the same expected gradient, each sampled ratio replaced by its mean.
     """
     last = (response_mask * torch.arange(1, response_mask.shape[1] + 1, device=outcomes.device)).argmax(1, keepdim=True)
     rewards = torch.zeros_like(kl_k1).scatter(1, last, outcomes[:, None])
@@ -756,8 +762,9 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     residual = (returns - scores["old_values"])[response_mask]
     explained = 1 - residual.var() / returns[response_mask].var()
     advantages, sigma = whiten(advantages, response_mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
-    data |= {"outcomes": outcomes, "old_logprobs": scores["old_logprobs"], "old_values": scores["old_values"], "advantages": advantages,
-             "returns": returns, "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}   # k1's penalty is whitened too
+    data |= {"outcomes": outcomes, "old_logprobs": scores["old_logprobs"], "old_values": scores["old_values"],
+             "advantages": advantages, "returns": returns,
+             "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}      # as k1's penalty is divided by sigma
     log = {"accuracy": (outcomes == 1).float().mean(), "outcome": outcomes.mean(),
            "unparsed": sum(answer is None for answer in answers) / len(answers),
            "truncated": truncated(tokens, response_mask, tokenizer.eos_id).float().mean(),
@@ -842,7 +849,8 @@ def evaluate(policy, problems, tokenizer, args):
         answers = read_answers(texts, batch, args)
         outcomes = reward(answers, batch, args)
         right += int((outcomes == 1).sum())
-        contradictions += sum(contradicts(text, problem) for text, problem, o in zip(texts, batch, outcomes) if o == 1 and args.cot == "text")
+        if args.cot == "text":
+            contradictions += sum(contradicts(t, p) for t, p, o in zip(texts, batch, outcomes) if o == 1)
         unparsed += sum(answer is None for answer in answers)
         cut += int(truncated(tokens, response_mask, tokenizer.eos_id).sum())
         length += int(response_mask.sum())
@@ -951,14 +959,15 @@ def show(record, state, args):
 def finish_iteration(record, state, began, args):
     """Adds the times, logs the record, shows it, draws the curves, and warns of ten iterations in a row without any signal."""
     seconds = time.time() - began
-    state["step"], state["seconds"], state["tokens"] = record["iteration"], state["seconds"] + seconds, state["tokens"] + record["tokens"]
+    state["step"], state["seconds"] = record["iteration"], state["seconds"] + seconds
+    state["tokens"] += record["tokens"]
     record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
     write_log(args, state, record)
     state["flat"] = state.get("flat", 0) + 1 if record.get("no_signal") == 1 else 0
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
-        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn from; "
-                   "look at the samples in log.jsonl")
+        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn "
+                   "from; look at the samples in log.jsonl")
     if "dev_accuracy" in record:
         plot(args)
 
@@ -1108,7 +1117,8 @@ def main(args):
     if state["phase"] == "train":
         best = load_checkpoint(out / "model")[0].to(args.device)
         state["after"] = evaluate(best, test, tokenizer, args)
-        write_log(args, state, {"event": "end", "best_iteration": state["best"]["iteration"], "total_tokens": state["tokens"]} | state["after"])
+        end = {"event": "end", "best_iteration": state["best"]["iteration"], "total_tokens": state["tokens"]}
+        write_log(args, state, end | state["after"])
         write_summary(args, state, len(test))
         state["phase"] = "done"
         save_run(args, state, modules, optimizer)

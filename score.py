@@ -150,7 +150,8 @@ def builtin_record(rng, operations, args):
     if args.cot == "text":
         cot = "\n".join(f"{totals[i]}{''.join(chain[i:j])} = {totals[j]}" for i, j in zip(starts, stops))
     else:
-        lines = [f"x = {totals[i] if i == 0 else 'x'}{chain[i]}" if stride == 1 else f"x = {totals[j]}" for i, j in zip(starts, stops)]
+        careful = [f"x = {totals[0] if i == 0 else 'x'}{chain[i]}" for i in range(operations)]
+        lines = careful if stride == 1 else [f"x = {totals[j]}" for j in stops]
         value = f'"{answer}"' if args.problems == "choice" else "x"
         cot = "\n    ".join([PROGRAM.format(question=question) + lines[0], *lines[1:], f"return {value}"])
     return {"question": question, "answer_cot": cot, "answer_value": answer}
@@ -169,7 +170,8 @@ def builtin_records(n, low, high, seed, args, without=()):
 def builtin_tokenizer():
     """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
     return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
-                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n", *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
+                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
+                                    *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
 
 
 def read_records(path):
@@ -235,7 +237,8 @@ def load_problems(args):
     held_out = set(questions[:min(500, len(questions) // 10)])
     dev = [r for r in train if r["question"] in held_out][:args.eval_size]
     # a rationale that only points to an earlier question ("already answered ... the answer is <4>") demonstrates nothing
-    train = [r for r in train if r["question"] not in held_out and r["cot"] and (args.cot == "program" or not re.search("answer is <(?!<)", r["cot"]))]
+    empty = lambda r: not r["cot"] or args.cot == "text" and re.search("answer is <(?!<)", r["cot"])
+    train = [r for r in train if r["question"] not in held_out and not empty(r)]
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     return train, dev, test
@@ -260,7 +263,8 @@ def encode_record(record, tokenizer, args):
         target, header = record["cot"], PROGRAM.format(question=record["question"])[:-len("    ")]
         given = tokenizer.encode(header + "    x = 0")
         given = given[:tokens_within(given, tokenizer, len(header.encode()))]
-    return record | {"prompt": tokenizer.encode(prompt), "given": given, "response": tokenizer.encode(target) + [tokenizer.eos_id]}
+    response = tokenizer.encode(target) + [tokenizer.eos_id]
+    return record | {"prompt": tokenizer.encode(prompt), "given": given, "response": response}
 
 
 def parse_number(text):
@@ -286,7 +290,8 @@ def read_answers(texts, problems, args):
     if args.cot == "program":
         found = run_programs(texts)
     else:
-        found = [answer.strip().split("\n")[0] if trigger else None for _, trigger, answer in (t.rpartition(TRIGGER) for t in texts)]
+        parts = [text.rpartition(TRIGGER) for text in texts]
+        found = [answer.strip().split("\n")[0] if trigger else None for _, trigger, answer in parts]
     answers = []
     for answer, problem in zip(found, problems):
         if isinstance(answer, str) and isinstance(problem["gold"], str):
@@ -1022,7 +1027,7 @@ def trace_update(policy, ref, train, optimizer, state, iteration, tokenizer, arg
 # ---- inference-time methods: voting ------------------------------------------------------------------------------------------
 
 def vote(answers):
-    """The answer given most often, floats by equality within 1e-2, the first seen of equals; None, if there is none, not counted."""
+    """The answer given most often, floats equal within 1e-2, of equally many the first seen; None is not counted."""
     kinds = []                                                       # [answer, count]
     for answer in answers:
         if answer is not None:
@@ -1223,14 +1228,15 @@ def show(record, state, args):
 def finish_iteration(record, state, began, args):
     """Adds the times, logs the record, shows it, draws the curves, and warns of ten iterations in a row without any signal."""
     seconds = time.time() - began
-    state["step"], state["seconds"], state["tokens"] = record["iteration"], state["seconds"] + seconds, state["tokens"] + record["tokens"]
+    state["step"], state["seconds"] = record["iteration"], state["seconds"] + seconds
+    state["tokens"] += record["tokens"]
     record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
     write_log(args, state, record)
     state["flat"] = state.get("flat", 0) + 1 if record.get("no_signal") == 1 else 0
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
-        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn from; "
-                   "look at the samples in log.jsonl")
+        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn "
+                   "from; look at the samples in log.jsonl")
     if "dev_accuracy" in record:
         plot(args)
 

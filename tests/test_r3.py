@@ -1,8 +1,7 @@
-"""What r3.py adds: where demonstrations are cut, what a start gives, which starts a batch holds, and that the rest is ReFT's PPO."""
+"""What r3.py adds: where demonstrations are cut, what a start gives, which starts a batch holds; and that the rest is ReFT."""
 import collections
 import dataclasses
 import json
-import math
 import re
 
 import pytest
@@ -14,7 +13,7 @@ from model import GPT, GPTConfig, InputError, Tokenizer
 from test_losses import Words, tiny
 
 ARGS = dataclasses.replace(r3.Args(), device="cpu")
-PIECES = [chr(i) for i in range(32, 127)] + ["\n", "\n\n", "\n   ", ".\n", "####", "    ", " = ", "clips", "answer"]   # seams to get wrong
+PIECES = [chr(i) for i in range(32, 127)] + ["\n", "\n\n", "\n   ", ".\n", "####", "    ", " = ", "clips"]   # seams to get wrong
 
 
 def encoded(record, tokenizer=None, **flags):
@@ -65,7 +64,8 @@ def test_blank_lines_do_not_count_and_belong_to_the_line_above():
 
 def test_text_counts_in_bytes():
     tokenizer = Tokenizer.from_pieces(PIECES + ["ä", "€"])
-    states = r3.start_states(encoded({"question": "?", "answer_cot": "5 € = ä\n6 €", "answer_value": "6"}, tokenizer), tokenizer, ARGS)
+    problem = encoded({"question": "?", "answer_cot": "5 € = ä\n6 €", "answer_value": "6"}, tokenizer)
+    states = r3.start_states(problem, tokenizer, ARGS)
     assert tokenizer.decode(states[4]["given"]) == "5 € = ä\n"
 
 
@@ -82,10 +82,11 @@ def test_uniform_cuts_by_tokens_and_auto_takes_it_for_a_single_line():
     assert counts(two, split="uniform") == [0, 1, 2, 3, 4]
 
 
-GSM = [{"question": "Ann sold 4 clips in May.\nHow many?", "answer": "In April 2+2=<<2+2=4>>4 clips.\n\nIn May 4/2 = <<4/2=2>>2.\nAll: 4+2=6\n#### 6"},
+GSM = [{"question": "Ann sold 4 clips in May.\nHow many?",
+        "answer": "In April 2+2=<<2+2=4>>4 clips.\n\nIn May 4/2 = <<4/2=2>>2.\nAll: 4+2=6\n#### 6"},
        {"question": "What is 1,000 + 0?", "answer": "1,000 is enough.\nIt stays.\n#### 1,000"}]
 TEXT = [{"question": "What is 3 + 4?", "answer_cot": "3 + 4 = 7\n\nTherefore, the answer is <7>.", "answer_value": "7.0"},
-        {"question": "What is 9 - 4?", "answer_cot": "9 less 4.\n9 - 4 = 5\nTherefore, the answer is <5>.", "answer_value": "5.0"}]
+        {"question": "What is 9 - 4?", "answer_cot": "9 less 4.\n9 - 4 = 5\nTherefore, the answer is <5>.", "answer_value": "5"}]
 
 
 @pytest.mark.parametrize("split", ["lines", "uniform", "auto"])
@@ -103,27 +104,28 @@ def test_start_and_rest_are_the_demonstration(record, stages, split):
         assert state["prompt"] + state["given"] + problem["response"][count:] == r3.sft_row(problem)[0]
         given = tokenizer.decode(state["given"])
         assert "#" not in given and problem["cot"].startswith(given) and given.strip() != problem["cot"]
-        text = r3.responses(torch.tensor([r3.sft_row(problem)[0]]), torch.tensor([[False] * (len(state["prompt"]) + count - 1)
-                            + [True] * (len(problem["response"]) - count)]), [state], tokenizer)
+        sampled = [False] * (len(state["prompt"]) + count - 1) + [True] * (len(problem["response"]) - count)
+        text = r3.responses(torch.tensor([r3.sft_row(problem)[0]]), torch.tensor([sampled]), [state], tokenizer)
         assert r3.reward(r3.read_answers(text, [state], args), [state], args).item() == 1
 
 
 def test_the_answer_line_is_no_line_of_the_demonstration():
     tokenizer = Tokenizer.from_pieces(PIECES)
-    decode = lambda record: [tokenizer.decode(s["given"]).count("\n") for s in r3.start_states(encoded(record, tokenizer), tokenizer, ARGS)]
-    assert decode(GSM[1]) == [0, 0, 1, 1, 1]                                 # T = 2, not 3
-    assert decode(TEXT[1]) == [0, 0, 1, 1, 1]                                # SVAMP's closing sentence is gone
-    assert tokenizer.decode(encoded(TEXT[1], tokenizer)["response"][:-1]) == "9 less 4.\n9 - 4 = 5\n#### 5.0"
+    for record in GSM[1], TEXT[1]:                                           # T = 2, not 3; SVAMP's closing sentence is gone
+        states = r3.start_states(encoded(record, tokenizer), tokenizer, ARGS)
+        assert [tokenizer.decode(s["given"]).count("\n") for s in states] == [0, 0, 1, 1, 1]
+    assert tokenizer.decode(encoded(TEXT[1], tokenizer)["response"][:-1]) == "9 less 4.\n9 - 4 = 5\n#### 5"
 
 
 # ---- programs ----------------------------------------------------------------------------------------------------------------
 
-PROGRAM = 'def solution():\n    """How many?"""\n    a = 1\n    b = 2\n\n    c = a + b\n    d = c + 0\n    return d'          # 7 lines
+PROGRAM = 'def solution():\n    """How many?"""\n    a = 1\n    b = 2\n\n    c = a + b\n    d = c + 0\n    return d'   # 7 lines
+SHORT = ['def solution():\n    """How many?"""\n    return 3', "def solution():\n    return 3"]
 REWORDED = PROGRAM.replace("How many?", "So how\n    many?")
 
 
 @pytest.mark.parametrize("split", ["lines", "uniform", "auto"])
-@pytest.mark.parametrize("program", [PROGRAM, REWORDED, 'def solution():\n    """How many?"""\n    return 3', "def solution():\n    return 3"])
+@pytest.mark.parametrize("program", [PROGRAM, REWORDED, *SHORT])
 def test_a_program_cut_anywhere_and_joined_runs(program, split):
     tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program", split=split)
     problem = encoded({"question": "How many?", "answer_cot": program, "answer_value": "3.0"}, tokenizer, cot="program")
@@ -138,7 +140,8 @@ def test_a_program_cut_anywhere_and_joined_runs(program, split):
         texts.append(tokenizer.decode(given + rest))
     answers = r3.read_answers(texts, states, args)
     assert (r3.reward(answers, states, args) == 1).all(), (texts, answers)
-    assert states[0]["given"] == problem["given"] and tokenizer.decode(problem["given"]).rstrip() == PROGRAM[:PROGRAM.index("\n    a")]
+    assert states[0]["given"] == problem["given"]
+    assert tokenizer.decode(problem["given"]).rstrip() == PROGRAM[:PROGRAM.index("\n    a")]
 
 
 def test_lines_of_a_program_start_after_its_header():
@@ -173,8 +176,9 @@ def test_every_method_makes_as_many_rollouts():
 
 
 def test_staged_goes_backwards_an_equal_share_each():
-    assert [{s["stage"] for s in batch} for batch in stages_drawn(method="staged")] == [{k} for k in (4, 4, 3, 3, 2, 2, 1, 1, 0, 0)]
-    for iterations in (1, 3, 7, 12, 60):                                    # not a multiple of M: still ends with the question alone
+    drawn = [{s["stage"] for s in batch} for batch in stages_drawn(method="staged")]
+    assert drawn == [{k} for k in (4, 4, 3, 3, 2, 2, 1, 1, 0, 0)]
+    for iterations in (1, 3, 7, 12, 60):                                    # no multiple of M: still ends with the question alone
         args = dataclasses.replace(ARGS, method="staged", iterations=iterations)
         ks = [r3.draw_starts(STARTS, i, args)[0]["stage"] for i in range(1, iterations + 1)]
         assert ks == sorted(ks, reverse=True) and ks[-1] == 0 and (iterations < 5 or set(ks) == {0, 1, 2, 3, 4})
@@ -200,18 +204,20 @@ def test_wrong_weights_are_refused(weights):
 
 def test_a_start_that_fills_the_context_is_refused():
     tokenizer = Tokenizer.from_pieces(PIECES)
-    policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=200))
+    policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=200,
+                           eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     problem = encoded(TEXT[1], tokenizer)
     used = len(problem["prompt"]) + len(r3.start_states(problem, tokenizer, ARGS)[-1]["given"])
     assert r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, max_new_tokens=200 - used))
-    with pytest.raises(InputError, match="start state 2"):
+    with pytest.raises(InputError, match="last start state"):
         r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, max_new_tokens=201 - used))
 
 
 # ---- outcomes ----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, expected", [("#### 18", 1), ("#### $18", 1), ("#### 18 apples.", 1), ("#### 19", 0.2), ("18", 0), ("#### nan", 0),
-                                            ("#### 5\n#### 18", 1), ("#### 18\n#### 5", 0.2), ("The answer is 18", 0), ("####18", 1), ("", 0)])
+@pytest.mark.parametrize("text, expected", [
+    ("#### 18", 1), ("#### $18", 1), ("#### 18 apples.", 1), ("#### 19", 0.2), ("18", 0), ("#### nan", 0), ("#### 5\n#### 18", 1),
+    ("#### 18\n#### 5", 0.2), ("The answer is 18", 0), ("####18", 1), ("", 0)])
 def test_outcomes(text, expected):
     problem = {"gold": 18.0}
     assert r3.reward(r3.read_answers([text], [problem], ARGS), [problem], ARGS).item() == pytest.approx(expected)
@@ -238,12 +244,14 @@ def test_given_tokens_are_context_not_actions():
     assert data["tokens"][row, :5].tolist() == [5, 6, 7, 8, 9]
     for name in ("old_logprobs", "old_values", "advantages", "returns"):
         assert not data[name][:, :4].any(), name
-    rewards = r3.token_rewards(torch.tensor([1.0]), torch.zeros(1, 9), torch.zeros(1, 9), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool(), args)
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
+    rewards = r3.token_rewards(torch.tensor([1.0]), torch.zeros(1, 9), torch.zeros(1, 9), mask, args)
     assert rewards[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 0]
 
 
 def test_log_by_stage():
-    data = {"outcomes": torch.tensor([1.0, 0.2, 0.0, 1.0]), "response_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 1, 1]]).bool()}
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 1, 1]]).bool()
+    data = {"outcomes": torch.tensor([1.0, 0.2, 0.0, 1.0]), "response_mask": mask}
     log = r3.by_stage(data, [{"stage": k} for k in (0, 2, 2, 2)], dataclasses.replace(ARGS, stages=3))
     assert log["stage_rollouts"] == [1, 0, 3]
     assert log["stage_accuracy"] == [1, None, pytest.approx(1 / 3, abs=1e-6)]
@@ -253,24 +261,25 @@ def test_log_by_stage():
 
 # ---- from the question alone it is ReFT --------------------------------------------------------------------------------------
 
-SMALL = dict(device="cpu", train_size=60, eval_size=8, n_layer=1, n_embd=16, n_head=2, warmup_epochs=1, warmup_batch_size=8, iterations=2,
-             batch_size=8, minibatch_size=8, micro_batch_size=4, max_new_tokens=12, eval_every=2, operations_low=3, operations_high=6,
+SMALL = dict(device="cpu", train_size=60, eval_size=8, n_layer=1, n_embd=16, n_head=2, warmup_epochs=1, warmup_batch_size=8,
+             iterations=2, batch_size=8, minibatch_size=8, micro_batch_size=4, max_new_tokens=12, eval_every=2,
              partial_reward=0.1)
 
 
 def outcome_of(module, out, **flags):
     """A run's log without times, and its weights."""
-    defaults = {f.name: f.default for f in dataclasses.fields(reft.Args) if f.name not in ("method",)}
+    defaults = {f.name: f.default for f in dataclasses.fields(reft.Args)}
     names = {f.name for f in dataclasses.fields(module.Args)}
     module.main(module.Args(**({k: v for k, v in defaults.items() if k in names} | SMALL | {"out": str(out)} | flags)))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    log = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "total_tokens") and not k.startswith("stage_")} for r in log]
+    other = re.compile("seconds|tokens_per_second|total_tokens|stage_")
+    log = [{k: v for k, v in r.items() if not other.match(k)} for r in log]
     return log, torch.load(out / "state.pt", weights_only=True)["policy"]
 
 
 @pytest.mark.parametrize("kl", ["k1", "exact"])
 def test_rl_from_the_question_is_reft_bit_for_bit(kl, tmp_path, monkeypatch):
-    """With ReFT's prompt, trigger and partial reward: warm-up, rollouts, updates and evaluation, every number and every weight."""
+    """With ReFT's prompt, trigger and partial reward: warm-up, rollouts, updates, evaluation; every number and every weight."""
     for name in ("PROMPT", "ANSWER", "TRIGGER"):
         monkeypatch.setattr(r3, name, getattr(reft, name))
     ours, our_weights = outcome_of(r3, tmp_path / "r3", method="rl", kl=kl)

@@ -147,13 +147,15 @@ def folder(tmp_path_factory):
 
 
 CASES = [("ppo_reft", method) for method in ("reft", "sft", "offline-st", "online-st")]
+CASES += [("r3", method) for method in ("r3", "staged", "rl")]
 
 
 @pytest.mark.parametrize("script, method", CASES)
 def test_a_run_writes_its_folder(script, method, folder):
     out = folder / f"{script}-{method}"
     printed = whole_run(script, method, out)
-    assert {"args.json", "log.jsonl", "summary.json", "curves.png", "model", "warmup", "state.pt"} == {p.name for p in out.iterdir()}
+    written = {p.name for p in out.iterdir()} - {"stages.png"}                # r3's own picture
+    assert written == {"args.json", "log.jsonl", "summary.json", "curves.png", "model", "warmup", "state.pt"}
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["script"], summary["method"], summary["seed"], summary["problems"]) == (script, method, 0, 8)
     assert 0 <= summary["before"]["accuracy"] <= 1 and 0 <= summary["after"]["accuracy"] <= 1 and summary["seconds"] > 0
