@@ -1,9 +1,9 @@
 """SCoRe: Training Language Models to Self-Correct via Reinforcement Learning
 Aviral Kumar, Vincent Zhuang, Rishabh Agarwal, Yi Su and others; ICLR 2025, arXiv 2409.12917v2.
 
-The same model answers twice: y1 to the question x1, then y2 to x2 = x1 | y1 | p1, where p1 is a fixed text, "there might be an error".
-Trained for both answers at once, it gives a good first one and leaves it alone. So stage I rewards y2 alone and holds y1 close to the
-base model by a strong KL; stage II rewards both, and adds a bonus to y2 for a wrong answer made right, a malus for the opposite.
+A model answers twice: y1 to the question x1, then y2 to x2 = x1 | y1 | p1, with p1 a fixed text, "there might be an error".
+Trained for both answers at once, it gives a good first one and leaves it alone. So stage I rewards y2 only and holds y1 close to
+the base model by a strong KL; stage II rewards both, and y2 gets a bonus for a wrong answer made right, a malus for the opposite.
 
     what         formula                                                                          number  function
     goal         maximise E[r1 + r2],   r = 1 for the right answer (code: all tests pass), else 0 S1      reward()
@@ -17,13 +17,13 @@ base model by a strong KL; stage II rewards both, and adds a bonus to y2 for a w
     KL loss      mean over episodes of sum_t c KL(pi || pi_ref)(s_t),   c = beta2 or beta1        S8      loss_fn()
     edit ratio   Levenshtein distance of y1 and y2 / (length of y1 + length of y2)                S10     edit_ratio()
 
-Eq. 1 is ReFT's; the paper's own Eq. 1 to 5 are S1 to S5, its text has S6 and S10. Not disclosed there and chosen here: the baseline
-(S7), the exact KL summed over a turn (S8), the share of stage I, the samples per question. The reference is the base in both stages.
-In expectation and with gamma = 0 the bonus is a factor 1 + alpha on the gradient of r2: r1 is part of x2, so it acts as a baseline.
-No code of the authors is known. Programs are asked for without worked examples (paper: three for MBPP).
+Eq. 1 is ReFT's; the paper's own Eq. 1 to 5 are S1 to S5, its text has S6 and S10. Not disclosed there and chosen here: baseline
+(S7), exact KL summed over a turn (S8), share of stage I, samples per question. The reference is the base in both stages. In
+expectation and with gamma = 0 the bonus is a factor 1 + alpha on the gradient of r2: r1 is part of x2, so it acts as a baseline.
+Programs are asked for without worked examples (paper: three for MBPP). No code of the authors is known.
 
     python score.py                                               built-in problems, a small GPT from nothing, a few CPU minutes
-    python score.py --method multi-turn                           an ablation: both rewards from the start (all are listed at --method)
+    python score.py --method multi-turn                           an ablation: both rewards from the start, no bonus
     python score.py --method star --model runs/score-score-s0/warmup --warmup-epochs 0
                                                                   a baseline, from the same warm-up
     python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl --warmup-epochs 0
@@ -58,8 +58,8 @@ from tqdm import tqdm
 from kernels import linear_kl, linear_logprobs
 from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_checkpoint, generate
 
-METHODS = ("score", "base", "self-refine", "star", "star-plus", "pair-sft", "pair-sft-plus", "multi-turn", "single-turn", "no-stage1",
-           "no-shaping", "star-stage2")
+METHODS = ("score", "base", "self-refine", "star", "star-plus", "pair-sft", "pair-sft-plus", "multi-turn", "single-turn",
+           "no-stage1", "no-shaping", "star-stage2")
 CHOICES = {"method": METHODS, "task": ("math", "code"), "problems": ("numeric",), "cot": ("text", "program"),
            "kl_mode": ("loss", "reward"), "norm_std": ("none", "turn", "joint"), "device": ("cpu", "cuda")}
 
@@ -67,11 +67,11 @@ CHOICES = {"method": METHODS, "task": ("math", "code"), "problems": ("numeric",)
 @dataclass
 class Args:
     # run
-    method: str = "score"            # score | base, self-refine (no training), star, star-plus, pair-sft, pair-sft-plus (supervised), multi-turn, single-turn, no-stage1, no-shaping, star-stage2 (ablations)
-    task: str = "math"               # math: an answer | code: a program that passes tests (MBPP's form; HumanEval's for evaluation)
+    method: str = "score"            # score | base, self-refine: untrained | star, pair-sft, each -plus: supervised | ablations
+    task: str = "math"               # math: an answer | code: a program that passes tests
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
-    train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list, for code MBPP's JSON lines; empty: the built-in problems
-    eval_data: str = ""              # test set in the same form, for code also in HumanEval's; needed with --train-data
+    train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; code: MBPP's JSON lines; empty: built-in problems
+    eval_data: str = ""              # test set in the same form, code: or in HumanEval's; needed with --train-data
     problems: str = "numeric"        # built-in problems: numeric
     cot: str = "text"                # rationales are text (N-CoT) | program (P-CoT: Python, run in a sandbox), from files only
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
@@ -86,36 +86,36 @@ class Args:
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps
-    warmup_epochs: int = 2           # passes over the training demonstrations; 0 with --model: take the checkpoint as it is, as the paper does
+    warmup_epochs: int = 2           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
     warmup_batch_size: int = 16      # demonstrations an optimiser step
     warmup_lr: float = 2e-3          # peak; also of supervised baselines
-    slips: float = 0.3               # share of built-in demonstrations, first or second, with one wrong step: without any a second would copy the first
+    slips: float = 0.3               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
     # reinforcement learning
     iterations: int = 60             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
     stage1: float = 0.33             # share of the iterations that are stage I; not disclosed
     batch_size: int = 64             # questions an iteration
-    group_size: int = 4              # K, two-turn rollouts of each; not disclosed. Together: 256 episodes; paper: 512 (MATH), 128 (MBPP)
-    minibatch_size: int = 256        # rows an optimiser step; the whole rollout, which is used once, so there is no ratio and no clip
+    group_size: int = 4              # K, episodes of each; not disclosed. 64 * 4 = 256; paper: 512 (MATH), 128 (MBPP)
+    minibatch_size: int = 256        # rows an optimiser step: the whole rollout, used once, so there is no ratio and no clip
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     max_new_tokens: int = 56         # longest attempt, in each turn; not disclosed
-    lr: float = 5e-4                 # constant; paper: 5e-6 (MATH), 1e-5 (MBPP)
+    lr: float = 2e-4                 # constant; paper: 5e-6 (MATH), 1e-5 (MBPP)
     alpha: float = 10.0              # of the bonus; paper: 10
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
-    beta2: float = 0.1               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP)
+    beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
     gamma: float = 0.0               # share of R2 that y1 gets in stage II; paper: 0 (0.8 with alpha 1 collapsed)
-    turn2_weight: float = 1.0        # factor on y2's advantages; 11 with --method no-shaping has the expected gradient of alpha = 10
-    kl_mode: str = "loss"            # the exact KL is part of the loss | the sampled log-ratio is part of the reward; not disclosed
-    norm_std: str = "none"           # advantages are divided by nothing | by the std of the turn's returns | of both turns' (joint)
-    offline_fraction: float = 0.0    # share of first attempts in stage II that the base writes; "some experiments", amount not disclosed
+    turn2_weight: float = 1.0        # factor on y2's advantages; 11 and --method no-shaping: the expected gradient of alpha = 10
+    kl_mode: str = "loss"            # loss: exact KL in the loss | reward: sampled log-ratio in the reward; not disclosed
+    norm_std: str = "none"           # advantages are divided by nothing | the std of the turn's returns | of both turns': joint
+    offline_fraction: float = 0.0    # q, share of first attempts in stage II that the base writes; paper: in "some experiments"
     grad_clip: float = 1.0           # norm of the gradient; not disclosed
     # supervised baselines
     rounds: int = 3                  # of star, each samples from the newest model and starts from the base; paper: 3
     sft_epochs: int = 1              # passes over the kept traces in a round; paper: 1 (pair-sft)
     # reports
-    vote_k: int = 0                  # also vote among 2, 4 ... 2 * so many first attempts, and among half as many corrections; paper: 16
+    vote_k: int = 0                  # also vote among 2, 4 ... 2 * so many first attempts, or half as many corrections; paper: 16
     strict: bool = False             # read answers as ReFT's authors do: a bare float() of all that follows "the answer is:"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 10             # iterations between greedy evaluations on the dev split, which choose the checkpoint by t1 + t2
+    eval_every: int = 10             # iterations between greedy evaluations on the dev split; t1 + t2 chooses the checkpoint
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
 
@@ -309,8 +309,8 @@ def reward(answers, problems, args):
     """Outcome of each attempt (B,): 1 for the right answer, or for a program that passes all tests, 0 for anything else."""
     if args.task == "code":
         return passes(answers, problems)
-    right = [answer is not None and (answer == problem["gold"] if isinstance(answer, str) else abs(answer - problem["gold"]) <= 1e-2)
-             for answer, problem in zip(answers, problems)]
+    right = [answer == p["gold"] if isinstance(answer, str) or answer is None else abs(answer - p["gold"]) <= 1e-2
+             for answer, p in zip(answers, problems)]
     return torch.tensor(right, dtype=torch.float32)                                                                  # S1
 
 
@@ -504,22 +504,23 @@ CODE_PROMPT = "Question:\n{question}\nPython program:\n"
 
 def builtin_code(n, seed):
     """n small problems in MBPP's form, for tests."""
+    kinds = [("plus", "adds {} to a number", "x + {}"), ("times", "multiplies a number by {}", "x * {}"),
+             ("above", "tells whether a number is above {}", "x > {}")]
     rng, records = random.Random(seed), []
     for _ in range(n):
-        name, text, body = rng.choice([("plus", "adds {} to a number", "x + {}"), ("times", "multiplies a number by {}", "x * {}"),
-                                       ("above", "tells whether a number is above {}", "x > {}")])
+        name, text, body = rng.choice(kinds)
         number, inputs = rng.randint(2, 99), rng.sample(range(-100, 100), 3)
         code = f"def {name}_{number}(x):\n    return {body.format(number)}"
         tests = [f"assert {name}_{number}({x}) == {eval(body.format(number), {'x': x})}" for x in inputs]
-        records.append({"text": f"Write a function that {text.format(number)}.", "code": code, "test_list": tests, "test_setup_code": ""})
+        records.append({"text": f"Write a function that {text.format(number)}.", "code": code, "test_list": tests})
     return records
 
 
 def parse_code(raw, where):
-    """A record of MBPP or HumanEval as {"question", "cot": the whole program, "setup": code before it, "tests": code after it}."""
+    """A record of MBPP or HumanEval as {"question", "cot": a right program, "setup": code before it, "tests": code after it}."""
     texts = lambda *names: isinstance(raw, dict) and all(isinstance(raw.get(name), str) for name in names)
-    if texts("text", "code") and isinstance(raw.get("test_list"), list) and raw["test_list"] and all(isinstance(t, str) for t in raw["test_list"]):
-        tests = "\n".join(raw["test_list"])
+    if texts("text", "code") and isinstance(raw.get("test_list"), list) and raw["test_list"]:
+        tests = "\n".join(map(str, raw["test_list"]))
         question = f"{raw['text'].strip()}\nYour code should pass these tests:\n{tests}"
         setup, program = str(raw.get("test_setup_code") or ""), raw["code"]
     elif texts("prompt", "canonical_solution", "test", "entry_point") and f"def {raw['entry_point']}(" in raw["prompt"]:
@@ -527,14 +528,15 @@ def parse_code(raw, where):
         question, program = raw["prompt"].strip(), raw["prompt"] + raw["canonical_solution"]
         tests = f"{raw['test']}\ncheck({raw['entry_point']})"
     else:
-        raise InputError(f"{where}: neither MBPP's form (text, code, test_list) nor HumanEval's (prompt, canonical_solution, test, entry_point)")
-    plain = lambda text: text.replace("\r\n", "\n")
-    return {"question": plain(question), "cot": plain(program).strip(), "setup": plain(setup), "tests": plain(tests), "task_id": raw.get("task_id")}
+        raise InputError(f"{where}: neither MBPP's form (text, code, test_list) nor HumanEval's "
+                         "(prompt, canonical_solution, test, entry_point)")
+    record = {"question": question, "cot": program.strip(), "setup": setup, "tests": tests}
+    return {k: v.replace("\r\n", "\n") for k, v in record.items()} | {"task_id": raw.get("task_id")}
 
 
 def load_code(args):
-    """Train, dev and test records: by the MBPP authors' split (training 601 to 974, validation 511 to 600) where the training file
-    has both, else a tenth of it is dev; the built-in set without a file."""
+    """Train, dev and test records: by the authors' split of MBPP (training 601 to 974, validation 511 to 600) if the training
+    file has both, else a tenth of it is dev; the built-in set without a file."""
     if not args.train_data:
         records = [parse_code(raw, "built-in") for raw in builtin_code(300, 0)]
         return records[:200], records[200:250][:args.eval_size], records[250:][:args.eval_size]
@@ -553,8 +555,9 @@ def prepare_code(args):
     """As prepare(), for programs."""
     splits = load_code(args)
     policy, tokenizer = initial_policy(args)
-    return policy, tokenizer, *[[r | {"prompt": tokenizer.encode(CODE_PROMPT.format(question=r["question"])), "given": [],
-                                      "response": tokenizer.encode(r["cot"]) + [tokenizer.eos_id]} for r in split] for split in splits]
+    encode = lambda record: record | {"prompt": tokenizer.encode(CODE_PROMPT.format(question=record["question"])), "given": [],
+                                      "response": tokenizer.encode(record["cot"]) + [tokenizer.eos_id]}
+    return policy, tokenizer, *[[encode(record) for record in split] for split in splits]
 
 
 def read_program(text):
@@ -690,14 +693,15 @@ def warmup(policy, rows, optimizer, state, save, args):
 
 # ---- SCoRe: two turns, two stages --------------------------------------------------------------------------------------------
 
-FORM = ('At the end of the Solution, when you give your final answer, write it in the form "Therefore, the answer is: answer".')
-ERROR = ("\nThere might be an error in the {} above because of lack of understanding of the question. Please correct the error, if any, "
-         "and rewrite the solution. ")
+FORM = 'At the end of the Solution, when you give your final answer, write it in the form "Therefore, the answer is: answer".'
+ERROR = ("\nThere might be an error in the {} above because of lack of understanding of the question. Please correct the error, "
+         "if any, and rewrite the solution. ")
 REFINE = "\nReview your {} above: say to yourself what is wrong with it, and write an improved one. Only output the final {}! "
 TURNS = {                                # before x1; p1; p1 of self-refine, whose text the paper does not give
     "built-in": ("", "\nAnswer reasoning:\n", "Question:\n\nAnswer reasoning:\n"),       # in its small vocabulary
-    "math": ("You are a math expert. When you respond, respond only with the Solution of the final Problem, thinking step by step. "
-             + FORM + "\n", ERROR.format("solution") + "Only output the final solution! " + FORM + "\nAnswer reasoning:\n",
+    "math": ("You are a math expert. When you respond, respond only with the Solution of the final Problem, thinking step by "
+             "step. " + FORM + "\n",
+             ERROR.format("solution") + "Only output the final solution! " + FORM + "\nAnswer reasoning:\n",
              REFINE.format("solution", "solution") + FORM + "\nAnswer reasoning:\n"),
     "code": ("", ERROR.format("code") + "Only output the final correct Python program!\nPython program:\n",
              REFINE.format("code", "Python program") + "\nPython program:\n"),
@@ -723,8 +727,8 @@ def add_turns(problems, tokenizer, max_len, args):
 
 
 def demonstration(question, rng, args):
-    """A fresh answer to a built-in question, from annotators who are as builtin_record's in style, and who in a share args.slips of
-    the cases get the result of one line wrong by one and carry on from there."""
+    """A fresh response to a built-in question, from annotators with builtin_record's two styles, who in a share args.slips of the
+    cases get the result of one line wrong by one and carry on from there (between 0 and 19, all that the vocabulary has)."""
     start, chain = re.match(r"What is (\d+)", question)[1], re.findall(r" [+-] \d+", question)
     stride = 1 if rng.random() < (0.7 if len(chain) <= 3 else 0.3) else 4
     stops = [*range(stride, len(chain), stride), len(chain)]
@@ -738,9 +742,9 @@ def demonstration(question, rng, args):
 
 
 def warmup_rows(problems, tokenizer, args):
-    """Rows of the warm-up. Half of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained: they teach what a
-    second attempt looks like and not to correct, as y2 is drawn like y1, independently of it and of whether it is right. A file has
-    one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
+    """Rows of the warm-up. Half of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained. They teach what
+    a second attempt looks like and not to correct: y2 is drawn like y1, independently of it and of whether it is right. A file
+    has one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
     if args.train_data or args.task == "code":
         return [sft_row(problem) for problem in problems]
     rng, rows = random.Random(4), []
@@ -758,7 +762,8 @@ def warmup_rows(problems, tokenizer, args):
 def two_turns(policy, problems, args, temperature=1.0, group_size=1, first=None):
     """Two attempts at each problem, in one row [x1 | y1 | p1 | y2 | pad]: tokens (B, T), turn1_mask and turn2_mask (B, T-1).
     first: (tokens, response_mask) of first attempts written elsewhere."""
-    tokens, turn1_mask = first or generate(policy, [p["prompt"] + p["given"] for p in problems], args.max_new_tokens, temperature, group_size)
+    prompts = [p["prompt"] + p["given"] for p in problems]
+    tokens, turn1_mask = first or generate(policy, prompts, args.max_new_tokens, temperature, group_size)
     ends = (turn1_mask * torch.arange(2, tokens.shape[1] + 1, device=tokens.device)).amax(1).tolist()
     repeated = [p for p in problems for _ in range(len(tokens) // len(problems))]
     second_prompts = [row[:end] + p["again"] + p["given"] for row, end, p in zip(tokens.tolist(), ends, repeated)]
@@ -767,7 +772,7 @@ def two_turns(policy, problems, args, temperature=1.0, group_size=1, first=None)
 
 
 def offline_first(policy, ref, problems, args):
-    """First attempts, (tokens, response_mask), a share args.offline_fraction of them by the reference, and (B,) which are the policy's."""
+    """First attempts (tokens, response_mask), a share args.offline_fraction by the reference, and (B,) which are the policy's."""
     prompts = [p["prompt"] + p["given"] for p in problems]
     pairs = [generate(gpt, prompts, args.max_new_tokens, group_size=args.group_size) for gpt in (policy, ref)]
     width = max(tokens.shape[1] for tokens, _ in pairs)
@@ -792,7 +797,7 @@ def stage_of(iteration, args):
 
 
 def turn_returns(outcomes1, outcomes2, k1_sums1, k1_sums2, stage, args):
-    """G1 and G2 (B,), what the tokens of y1 and of y2 are credited with. k1_sums: the log-ratio to the reference, summed over a turn."""
+    """G1 and G2 (B,), what the tokens of y1 and of y2 are credited with. k1_sums (B,): log-ratios to the reference, by turn."""
     R1, R2 = torch.zeros_like(outcomes1), outcomes2                                                                  # S3
     if stage == 2:
         R1 = outcomes1                                                                                               # S4
@@ -822,12 +827,13 @@ def turn_advantages(G1, G2, on1, args):
     on2 = torch.ones_like(on1)
     A1, A2 = leave_one_out(G1, on1, args.group_size), leave_one_out(G2, on2, args.group_size)
     if args.norm_std != "none":
-        n1, n2 = [on.view(-1, args.group_size).sum(1, keepdim=True) for on in (on1, on2)]
-        squares1, squares2 = [(A * (n - 1) / n.clamp(min=1)).square().sum(1, keepdim=True) for A, n in ((A1, n1), (A2, n2))]   # about the mean
+        n = torch.stack([on.view(-1, args.group_size).sum(1) for on in (on1, on2)])                          # (2, Q) rows
+        centred = torch.stack([A1, A2]) * ((n - 1) / n.clamp(min=1))[..., None]                              # (2, Q, K) G - mean
+        squares = centred.square().sum(2)
         if args.norm_std == "joint":
-            squares1, n1, n2 = squares1 + squares2, n1 + n2, n1 + n2
-            squares2 = squares1
-        A1, A2 = [A / ((squares / (n - 1).clamp(min=1)).sqrt() + 1e-6) for A, squares, n in ((A1, squares1, n1), (A2, squares2, n2))]
+            n, squares = n.sum(0), squares.sum(0)
+        std = (squares / (n - 1).clamp(min=1)).sqrt().expand(2, -1)[..., None] + 1e-6
+        A1, A2 = A1 / std[0], A2 / std[1]
     return A1.flatten(), args.turn2_weight * A2.flatten()
 
 
@@ -880,7 +886,7 @@ def truncated(tokens, response_mask, eos_id):
 
 @torch.no_grad()
 def rollout(policy, ref, problems, stage, tokenizer, args):
-    """args.group_size episodes of two turns per problem, checked and scored: a dict of (B, T-1) tensors for the update, a dict to log."""
+    """args.group_size episodes per problem, checked and scored: a dict of (B, T-1) tensors for the update, and a dict to log."""
     offline = stage == 2 and args.offline_fraction > 0
     first, own = offline_first(policy, ref, problems, args) if offline else (None, None)
     tokens, turn1_mask, turn2_mask = two_turns(policy, problems, args, group_size=args.group_size, first=first)
@@ -914,7 +920,8 @@ def rollout(policy, ref, problems, stage, tokenizer, args):
     data["advantages"] = torch.where(data["response_mask"], A1[:, None] * turn1_mask + A2[:, None] * turn2_mask, 0)
     data["kl_weight"] = torch.where(data["response_mask"], c1 * turn1_mask + c2 * turn2_mask, 0)
     metrics = turn_metrics(*attempts)
-    log |= {"accuracy": outcomes2.mean(), "outcome": (outcomes1 + outcomes2).mean(), "truncated": (log["truncated_1"] + log["truncated_2"]) / 2,
+    log |= {"accuracy": outcomes2.mean(), "outcome": (outcomes1 + outcomes2).mean(),
+            "truncated": (log["truncated_1"] + log["truncated_2"]) / 2,
             "no_signal": not data["advantages"].any(), "response_length": log["length_1"] + log["length_2"],
             "kl": scores["kl"].sum(1).mean(), "kl_k1": kl_k1.sum(1).mean(),              # sums over an episode
             "kl_1": turn_sum(scores["kl"], turn1_mask).mean(), "kl_2": turn_sum(scores["kl"], turn2_mask).mean(),
@@ -926,8 +933,8 @@ def rollout(policy, ref, problems, stage, tokenizer, args):
 # ---- loss --------------------------------------------------------------------------------------------------------------------
 
 def loss_fn(policy, ref, args, micro, minibatch):
-    """A micro-batch's share of the minibatch's loss: REINFORCE, and the exact KL with its turn's weight. Both are sums over the tokens
-    of an episode and means over the episodes of the minibatch."""
+    """A micro-batch's share of the minibatch's loss: REINFORCE, and the exact KL with its turn's weight. Both are sums over the
+    tokens of an episode and means over the episodes of the minibatch."""
     mask, rows = micro["response_mask"], len(minibatch["tokens"])
     hidden, targets = sampled(policy, micro)
     logprobs = place(linear_logprobs(hidden, policy.head_weight, targets)[0], mask)
@@ -982,8 +989,8 @@ def draw_traces(policy, batches, tokenizer, args):
 
 
 def trace_rows(traces, rng, args):
-    """Rows x1 y1 p1 y2 with y2 trained. STaR keeps its traces from wrong to right; pair-SFT gives a wrong y1 any right answer, of either
-    turn, to the same question; with plus, right first attempts take part in the same way."""
+    """Rows x1 y1 p1 y2 with y2 trained. STaR keeps the traces from wrong to right; pair-SFT gives a wrong y1 any right response,
+    of either turn, to the same question; with plus, right first attempts take part in the same way."""
     right, rows = {}, []
     for problem, y1, y2, r1, r2 in traces:
         right.setdefault(problem["question"], []).extend(y for y, r in ((y1, r1), (y2, r2)) if r == 1)
@@ -1002,9 +1009,9 @@ def is_supervised(iteration, args):
 
 
 def trace_update(policy, ref, train, optimizer, state, iteration, tokenizer, args):
-    """An iteration of supervised training on traces. The iterations are split into rounds; the first of a round draws as many traces
-    from the newest model as reinforcement learning would in all of it, and goes back to the base. In stage II of star-stage2 the
-    training goes on from where it is. state["rows"] keeps the round's rows for a resumed run."""
+    """An iteration of supervised training on traces. The iterations are split into rounds. The first of a round draws as many
+    traces from the newest model as reinforcement learning would in all of it, and goes back to the base; in star-stage2 it goes
+    on from where it is. state["rows"] keeps the round's rows for a resumed run."""
     before = sum(stage_of(i, args) == 1 for i in range(1, iteration))
     rounds, length = 1 if "pair" in args.method else args.rounds, args.iterations - before
     starts = [before + 1 + length * i // rounds for i in range(rounds)] + [args.iterations + 1]
@@ -1091,6 +1098,12 @@ def evaluate(policy, problems, tokenizer, args, author=None):
         "sample": "\n---\n".join([batch[0]["question"], attempts[0][0][-len(batch)], attempts[1][0][-len(batch)]])}
 
 
+def two_rates(m):
+    """The numbers of an evaluation that tell what the second attempts did, as a text."""
+    return (f"t1 {m['t1']:.3f}, t2 {m['t2']:.3f}, delta {m['delta']:+.3f} = i->c {m['i->c']:.3f} - c->i {m['c->i']:.3f}, changed "
+            f"{m['changed']:.3f}, cut {m['truncated']:.3f}")
+
+
 def fixed_and_own(policy, ref, problems, tokenizer, args):
     """Second attempts after first ones that the base wrote, one set for all methods, and after the policy's own; both sampled."""
     found = {name: evaluate(policy, problems, tokenizer, args, author) for name, author in (("fixed", ref), ("own", policy))}
@@ -1104,7 +1117,7 @@ def plot_turns(args, state):
     after = state.get("after", {})
     votes = sorted({int(name.split("_")[1]) for name in after if name.startswith("vote_")})
     figure = Figure(figsize=(5 * (2 + bool(votes)), 3.6), layout="constrained")
-    axes = figure.add_subplot(1, 2 + bool(votes), 1, title=f"{args.method}: right answers", xlabel="iteration", ylim=(-0.02, 1.02))
+    axes = figure.add_subplot(1, 2 + bool(votes), 1, title=f"{args.method}: right answers", xlabel="iteration", ylim=(0, 1))
     for name, color in (("t1", "C0"), ("t2", "C1")):
         for key, style in ((name, "-"), (f"dev_{name}", ".--")):
             points = [(r["iteration"], r[key]) for r in log if key in r]
@@ -1317,7 +1330,7 @@ def check_turns(args):
     """InputError for flags that do not go together; methods without training have no iterations."""
     args.iterations = 0 if args.method in ("base", "self-refine") else args.iterations
     if args.group_size < 2:
-        raise InputError(f"--group-size {args.group_size}: must be at least 2, an episode is compared with the others of its question")
+        raise InputError(f"--group-size {args.group_size}: must be at least 2, episodes of a question are compared")
     for name in ("stage1", "offline_fraction", "slips"):
         if getattr(args, name) > 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: is a share, at most 1")
@@ -1350,9 +1363,7 @@ def main(args):
         state, saved = state | {"phase": "train", "warmup_steps": state["step"], "step": 0}, {}
     else:
         policy = load_checkpoint(out / "warmup")[0].to(args.device)
-    report = lambda name, m: print(f"{name}: t1 {m['t1']:.3f}, t2 {m['t2']:.3f}, delta {m['delta']:+.3f} = i->c {m['i->c']:.3f} - c->i "
-                                   f"{m['c->i']:.3f}, changed {m['changed']:.3f}, cut {m['truncated']:.3f} on {len(test)} test problems")
-    report("warm-up", state["before"])
+    print(f"warm-up: {two_rates(state['before'])} on {len(test)} test problems")
     print(f"  two attempts: {state['before']['sample']!r}")
 
     # the warm-up model is the base: the initial policy and, in both stages, the frozen reference
@@ -1381,8 +1392,8 @@ def main(args):
         record = {"event": "iteration", "iteration": iteration} | log | stats
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             greedy = evaluate(policy, dev, tokenizer, args)
-            record |= {f"dev_{name}": greedy[name] for name in ("accuracy", "t1", "t2", "delta", "i->c", "c->i", "changed", "edit_ratio", "sample")}
-            tqdm.write(f"stage {stage}, dev: t1 {greedy['t1']:.3f}, t2 {greedy['t2']:.3f}, delta {greedy['delta']:+.3f}, changed {greedy['changed']:.3f}")
+            record |= {f"dev_{k}": v for k, v in greedy.items() if k != "edit_histogram"}
+            tqdm.write(f"stage {stage}, dev: {two_rates(greedy)}")
             if greedy["outcome"] > state["best"]["outcome"]:
                 save_checkpoint(out / "model", policy, tokenizer)
                 state["best"] = {"iteration": iteration, "accuracy": greedy["accuracy"], "outcome": greedy["outcome"]}
@@ -1403,8 +1414,9 @@ def main(args):
         plot_turns(args, state)
         state["phase"] = "done"
         save_run(args, state, modules, optimizer)
-    report(f"{args.method}: t2 {state['before']['t2']:.3f} -> {state['after']['t2']:.3f}; iteration {state['best']['iteration']}", state["after"])
-    print("  " + "".join(f"{k} {v:.3f}, " for k, v in state["after"].items() if k[:4] in ("last", "fixe", "own_", "vote")) + f"{out}")
+    print("  " + ", ".join(f"{k} {v:.3f}" for k, v in state["after"].items() if k.startswith(("last", "fixed", "own", "vote"))))
+    print(f"{args.method}: t2 {state['before']['t2']:.3f} -> {state['after']['t2']:.3f} (iteration {state['best']['iteration']}) "
+          f"{two_rates(state['after'])} on {len(test)} test problems; {out}")
 
 
 def comments():

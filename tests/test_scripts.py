@@ -148,13 +148,15 @@ def folder(tmp_path_factory):
 
 CASES = [("ppo_reft", method) for method in ("reft", "sft", "offline-st", "online-st")]
 CASES += [("r3", method) for method in ("r3", "staged", "rl")]
+CASES += [("prl", method) for method in ("prl", "frpo", "grpo-kl-loss")]
+CASES += [("score", method) for method in ("score", "multi-turn", "pair-sft", "star-stage2")]
 
 
 @pytest.mark.parametrize("script, method", CASES)
 def test_a_run_writes_its_folder(script, method, folder):
     out = folder / f"{script}-{method}"
     printed = whole_run(script, method, out)
-    written = {p.name for p in out.iterdir()} - {"stages.png"}                # r3's own picture
+    written = {p.name for p in out.iterdir()} - {"stages.png", "passk.png", "turns.png"}   # pictures of r3, prl, score
     assert written == {"args.json", "log.jsonl", "summary.json", "curves.png", "model", "warmup", "state.pt"}
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["script"], summary["method"], summary["seed"], summary["problems"]) == (script, method, 0, 8)
