@@ -80,11 +80,11 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
-    operations_low: int = 3          # fewest operations of a built-in dev or test problem
-    operations_high: int = 6         # most
+    train_size: int = 24000          # built-in training problems, of 1 to --operations-high operations
+    operations_low: int = 10         # fewest operations of a built-in dev or test problem, and of one that rollouts start from
+    operations_high: int = 14        # most
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
+    warmup_epochs: int = 1           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
     warmup_lr: float = 2e-3          # peak; paper 1e-5 for a pretrained 7B model
     # start states
@@ -92,18 +92,18 @@ class Args:
     split: str = "auto"              # cut demonstrations at lines | uniform: into M equal parts | auto: lines if there are two
     stage_weights: str = ""          # how often r3's mixture holds k = 0, 1, ...: "2,1,1,1,0"; empty: each once, as authors' data
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its updates; paper: 300 epochs of the training questions
+    iterations: int = 50             # rollouts, each with its updates; paper: 300 epochs of the training questions
     batch_size: int = 256            # questions an iteration; paper: 32 (7B), 256 (125M)
     minibatch_size: int = 256        # rows an optimiser step; paper: the whole batch
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 2              # passes over a rollout; "the number of updates per RL step is set to 2"
-    max_new_tokens: int = 56         # longest response; paper: prompt and response 700 together
-    lr: float = 5e-4                 # constant; paper: 3e-7 (7B), 3e-6 (125M)
+    max_new_tokens: int = 92         # longest response; paper: prompt and response 700 together
+    lr: float = 3e-4                 # constant; paper: 3e-7 (7B), 3e-6 (125M)
     gamma: float = 1.0               # paper's code: 1.0
     lam: float = 0.95                # paper's code: 0.95
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
-    vf_coef: float = 5.0             # alpha; paper: 5 (times the 1/2 of F8)
+    vf_coef: float = 0.2             # alpha; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: str = "k1"                   # k1: sampled log-ratio in the reward (authors' code) | exact: its conditional mean
     value: str = "shared"            # the value head sits on the policy's trunk: shared (paper) | on one of its own: separate
@@ -113,7 +113,7 @@ class Args:
     # reports
     strict: bool = False             # read answers as the authors do: a bare float() of all that follows "####"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 5              # iterations between greedy evaluations on the dev split, which choose the checkpoint
+    eval_every: int = 10             # iterations between greedy evaluations on the dev split, which choose the checkpoint
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
 
@@ -348,11 +348,16 @@ def start_states(problem, tokenizer, args):
 
 
 def all_starts(problems, policy, tokenizer, args):
-    """The start states of each problem [[k = 0, 1, ...], ...]; what is wrong with their weights or their length is said here."""
+    """The start states of each problem [[k = 0, 1, ...], ...]; of built-in ones only those as long as the dev and test problems:
+    the short ones, which need no curriculum, are for the warm-up. What is wrong with weights or lengths is said here."""
     if args.stage_weights and not (re.fullmatch(r"\d+(,\d+)*", args.stage_weights) and int(args.stage_weights.replace(",", ""))
                                    and args.stage_weights.count(",") + 1 == args.stages):
         raise InputError(f"--stage-weights {args.stage_weights}: --stages {args.stages} needs as many whole numbers, not all 0")
-    starts = [start_states(problem, tokenizer, args) for problem in problems]
+    operations = lambda problem: len(re.findall(" [+-] ", problem["question"]))
+    long = [problem for problem in problems if args.train_data or operations(problem) >= args.operations_low]
+    if not long and problems:
+        raise InputError(f"--train-size {args.train_size}: none has --operations-low {args.operations_low} operations")
+    starts = [start_states(problem, tokenizer, args) for problem in long]
     for *_, start in starts:                                                             # the last one gives most
         length = len(start["prompt"]) + len(start["given"]) + args.max_new_tokens
         if length > policy.config.max_len:
@@ -1052,7 +1057,7 @@ def main(args):
 
     print_ids("first prompt", train[0]["prompt"] + train[0]["given"], tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
-    print_ids("given of it at the last start", starts[0][-1]["given"], tokenizer)
+    print_ids("what the last start of another gives", starts[0][-1]["given"], tokenizer)
 
     # warm-up
     if state["phase"] == "warmup":

@@ -6,7 +6,7 @@ Trained for both answers at once, it gives a good first one and leaves it alone.
 the base model by a strong KL; stage II rewards both, and y2 gets a bonus for a wrong answer made right, a malus for the opposite.
 
     what         formula                                                                          number  function
-    goal         maximise E[r1 + r2],   r = 1 for the right answer (code: all tests pass), else 0 S1      reward()
+    goal         maximise E[r1 + r2],   r = 1 for a right answer (code: all tests pass), else 0   S1      reward()
     SFT          L = -mean_t log pi(a_t | s_t)                                                    Eq. 1   sft_loss()
     stage I      R1 = 0,   R2 = r2                                                                S3      turn_returns()
     stage II     R1 = r1,   R2 = r2                                                               S4      turn_returns()
@@ -742,7 +742,7 @@ def demonstration(question, rng, args):
 
 
 def warmup_rows(problems, tokenizer, args):
-    """Rows of the warm-up. Half of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained. They teach what
+    """Rows of the warm-up. Three in four of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained. They teach what
     a second attempt looks like and not to correct: y2 is drawn like y1, independently of it and of whether it is right. A file
     has one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
     if args.train_data or args.task == "code":
@@ -752,8 +752,8 @@ def warmup_rows(problems, tokenizer, args):
     for i, problem in enumerate(problems):
         first, second = [tokenizer.encode(demonstration(problem["question"], rng, args)) + [tokenizer.eos_id] for _ in range(2)]
         row, flags = sft_row(problem | {"response": first})
-        if i % 2:
-            between = refine if i % 8 == 1 else again
+        if i % 4:
+            between = refine if i % 4 == 1 else again
             row, flags = row + between + second, flags + [False] * len(between) + [True] * len(second)
         rows.append((row, flags))
     return rows

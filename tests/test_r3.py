@@ -160,6 +160,15 @@ def test_builtin_problems_have_the_seam_of_their_demonstrations():
                 assert "####" not in tokenizer.decode(state["given"])
 
 
+def test_builtin_rollouts_start_from_problems_as_long_as_the_test():
+    args, tokenizer = dataclasses.replace(ARGS, train_size=200, eval_size=20, operations_low=5, operations_high=8), r3.builtin_tokenizer()
+    train, _, test = [[r3.encode_record(r, tokenizer, args) for r in split] for split in r3.load_problems(args)]
+    starts = r3.all_starts(train, tiny(), tokenizer, dataclasses.replace(args, max_new_tokens=1))
+    operations = lambda problem: problem["question"].count(" + ") + problem["question"].count(" - ")
+    assert min(map(operations, train)) == 1 and {operations(p) for p in test} == {5, 6, 7, 8}
+    assert [states[0]["question"] for states in starts] == [p["question"] for p in train if operations(p) >= 5]
+
+
 # ---- F12: which starts a batch holds -----------------------------------------------------------------------------------------
 
 STARTS = [[{"stage": k, "number": i} for k in range(5)] for i in range(16)]
@@ -208,9 +217,9 @@ def test_a_start_that_fills_the_context_is_refused():
                            eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     problem = encoded(TEXT[1], tokenizer)
     used = len(problem["prompt"]) + len(r3.start_states(problem, tokenizer, ARGS)[-1]["given"])
-    assert r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, max_new_tokens=200 - used))
+    assert r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, train_data="x", max_new_tokens=200 - used))
     with pytest.raises(InputError, match="last start state"):
-        r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, max_new_tokens=201 - used))
+        r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, train_data="x", max_new_tokens=201 - used))
 
 
 # ---- outcomes ----------------------------------------------------------------------------------------------------------------
@@ -263,7 +272,7 @@ def test_log_by_stage():
 
 SMALL = dict(device="cpu", train_size=60, eval_size=8, n_layer=1, n_embd=16, n_head=2, warmup_epochs=1, warmup_batch_size=8,
              iterations=2, batch_size=8, minibatch_size=8, micro_batch_size=4, max_new_tokens=12, eval_every=2,
-             partial_reward=0.1)
+             partial_reward=0.1, operations_low=1, operations_high=6, vf_coef=5.0, lr=5e-4)
 
 
 def outcome_of(module, out, **flags):
