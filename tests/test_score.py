@@ -453,7 +453,7 @@ def test_warmup_rows_hold_complete_turns_and_train_the_attempts_alone():
         assert [mark for mark, _ in pieces] == [False, True, False, True][:len(pieces)] and len(pieces) in (2, 4)
         assert all(y[-1] == tokenizer.eos_id and y.count(tokenizer.eos_id) == 1 for mark, y in pieces if mark)
         kinds[tokenizer.decode(pieces[2][1]) if len(pieces) == 4 else ""] += 1
-    assert kinds == {"": 400, again: 300, refine: 100}
+    assert kinds == {"": 200, again: 400, refine: 200}                  # a quarter, a half, a quarter
 
 
 def test_the_warmup_does_not_teach_correction():
@@ -651,7 +651,7 @@ def test_every_switch_runs_through_both_stages(switches, tmp_path):
     (["--stage1", "1.5"], ["--stage1 1.5", "share"]),
     (["--task", "code"], ["--task code needs --model"]),
     (["--cot", "program"], ["--cot program"]),
-    (["--max-new-tokens", "240"], ["two attempts", "context"]),
+    (["--max-new-tokens", "250"], ["two attempts", "context"]),
 ])
 def test_impossible_flags_are_refused(switches, words, tmp_path):
     refuse(run("score", tmp_path / "run", *switches), *words)
