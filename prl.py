@@ -25,7 +25,7 @@ In units of r the KL of a question weighs its standard deviation over eta; a gro
 pulled towards the reference.
 
 The weight of a token by --method: prl F5; frpo F5 with steps of one token (version 2 of the paper); grpo A_i; grpo-kl-loss A_i,
-with F9 added to the loss; grpo-kl-reward F6 of r_i - S_0 / eta; raft r_i; prm r_i - S_t / eta. base is evaluated without training.
+with F9 added to the loss; grpo-kl-reward F6 of r_i - S_0 / eta; raft r_i; prm r_i - S_t / eta. base is not trained.
 
     python prl.py                                                 built-in problems, a small GPT from nothing, a few CPU minutes
     python prl.py --method grpo                                   a baseline: the same without the KL (all are listed at --method)
@@ -748,7 +748,7 @@ def truncated(tokens, response_mask, eos_id):
 
 @torch.no_grad()
 def rollout(policy, ref, problems, tokenizer, args):
-    """A group of sampled responses per problem, checked and scored: a dict of (B, T-1) tensors for the update, and a dict to log."""
+    """A group of sampled responses per problem, checked and scored: (B, T-1) tensors for the update, and a dict to log."""
     prompts = [p["prompt"] + p["given"] for p in problems]
     tokens, response_mask = generate(policy, prompts, args.max_new_tokens, group_size=args.group_size)
     problems = [p for p in problems for _ in range(args.group_size)]

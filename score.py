@@ -86,10 +86,10 @@ class Args:
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps
-    warmup_epochs: int = 2           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
+    warmup_epochs: int = 3           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
     warmup_batch_size: int = 16      # demonstrations an optimiser step
     warmup_lr: float = 2e-3          # peak; also of supervised baselines
-    slips: float = 0.3               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
+    slips: float = 0.5               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
     # reinforcement learning
     iterations: int = 60             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
     stage1: float = 0.33             # share of the iterations that are stage I; not disclosed

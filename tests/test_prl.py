@@ -239,6 +239,9 @@ def test_a_suffix_of_exactly_0_is_a_value_and_not_a_gap():
 
 
 def test_steps_are_counted_in_the_response_for_ragged_prompts():
+    table = Tabular(THETA)                                                    # whose prompt and padding are line breaks
+    step = prl.step_id(table.tokens, table.mask, table.newline, flags(steps="newline"))[:, 2:5]
+    assert step.tolist() == [[0, s[0], s[0] + s[1]] for s in SEQUENCES]
     mask = masks([0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0])
     step = prl.step_id(torch.zeros(2, 9).long(), mask, None, flags(steps="length", step_len=2))
     assert step[mask].tolist() == [0, 0, 1, 1, 2] * 2
@@ -329,9 +332,9 @@ def test_the_methods_weights():
 
 def test_kl_in_the_reward_is_normalised_with_it():
     args = flags(method="grpo-kl-reward", eta=2.0, group_size=2)
-    ratios, mask = torch.tensor([[0.4, 0.2], [0.0, 5.0]]), masks([1, 1], [1, 0])
-    found = prl.token_advantages(torch.tensor([1.0, 1.0]), ratios, torch.zeros(2, 3).long(), mask, torch.tensor([False]), args)[0]
-    close(found, [[-0.707103, -0.707103], [0.707103, 0]], 1e-5)               # of 1 - 0.3 and 1: the outcomes are equal
+    ratios, mask = torch.tensor([[7.0, 0.4, 0.2], [7.0, 0.0, 5.0]]), masks([0, 1, 1], [0, 1, 0])
+    found = prl.token_advantages(torch.tensor([1.0, 1.0]), ratios, torch.zeros(2, 4).long(), mask, torch.tensor([False]), args)[0]
+    close(found, [[0, -0.707103, -0.707103], [0, 0.707103, 0]], 1e-5)               # of 1 - 0.3 and 1: the outcomes are equal
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------------------
@@ -341,10 +344,11 @@ class Fixed:
     head_weight = None
 
 
-def loss_of(monkeypatch, mask, advantages, ratio=None, ref_log_ratio=None, minibatch=None, **changes):
+def loss_of(monkeypatch, mask, advantages, ratio=None, log_ratio=None, ref_log_ratio=None, minibatch=None, **changes):
     """loss_fn on given ratios: (loss, stats, d loss / d logprobs)."""
     mask, zeros = masks(*mask), torch.zeros(len(mask), len(mask[0]))
-    logprobs = (zeros if ratio is None else ratio.log()).clone().requires_grad_()
+    log_ratio = ratio.log() if ratio is not None else zeros if log_ratio is None else log_ratio
+    logprobs = log_ratio.clone().requires_grad_()
     monkeypatch.setattr(prl, "sampled", lambda gpt, micro: (mask, None))
     monkeypatch.setattr(prl, "linear_logprobs", lambda hidden, weight, targets: (logprobs[hidden], None))
     batch = {"tokens": torch.zeros(mask.shape[0], mask.shape[1] + 1), "response_mask": mask, "advantages": advantages,
@@ -373,8 +377,9 @@ def test_clip_and_dual_clip(monkeypatch, ratio, advantage, expected, moves):
 
 
 def test_the_log_ratio_is_bounded(monkeypatch):
-    loss, *_ = loss_of(monkeypatch, [[1, 1]], rows([-1, 1]), ratio=rows([math.exp(60), math.exp(-60)]))
+    loss, _, grad = loss_of(monkeypatch, [[1, 1]], rows([-1, 1]), log_ratio=rows([200, -200]))
     close(loss, 1.5)
+    assert grad.isfinite().all()                                              # exp(200) would be infinite
 
 
 def test_ratio_1_gives_the_reinforce_gradient(monkeypatch):
@@ -413,10 +418,13 @@ def tiny(seed=0):
 
 
 def toy_rollout(monkeypatch, args, same_ref=False, outcomes=(1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1)):
-    monkeypatch.setattr(prl, "reward", lambda answers, problems, args: torch.tensor([float(o) for o in outcomes]))
+    def reward(answers, problems, args):
+        assert [p["gold"] for p in problems] == [float(i // args.group_size) for i in range(len(answers))]   # each row's own question
+        return torch.tensor([float(o) for o in outcomes])
+    monkeypatch.setattr(prl, "reward", reward)
     policy = tiny()
     ref = copy.deepcopy(policy) if same_ref else tiny(seed=1)
-    problems = [{"prompt": [5] * (1 + i % 3) + [6], "given": [], "gold": 1.0} for i in range(4)]
+    problems = [{"prompt": [5] * (1 + i % 3) + [6], "given": [], "gold": float(i)} for i in range(4)]
     torch.manual_seed(3)
     data, log = prl.rollout(policy, ref.requires_grad_(False), problems, Lines(), args)
     return policy, ref, data, log
