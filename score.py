@@ -91,14 +91,14 @@ class Args:
     warmup_lr: float = 2e-3          # peak; also of supervised baselines
     slips: float = 0.5               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
+    iterations: int = 120            # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
     stage1: float = 0.33             # share of the iterations that are stage I; not disclosed
     batch_size: int = 64             # questions an iteration
     group_size: int = 4              # K, episodes of each; not disclosed. 64 * 4 = 256; paper: 512 (MATH), 128 (MBPP)
     minibatch_size: int = 256        # rows an optimiser step: the whole rollout, used once, so there is no ratio and no clip
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     max_new_tokens: int = 56         # longest attempt, in each turn; not disclosed
-    lr: float = 2e-4                 # constant; paper: 5e-6 (MATH), 1e-5 (MBPP)
+    lr: float = 1e-4                 # constant; paper: 5e-6 (MATH), 1e-5 (MBPP)
     alpha: float = 10.0              # of the bonus; paper: 10
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
     beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
