@@ -82,30 +82,31 @@ class Args:
     n_embd: int = 64                 # width
     train_size: int = 24000          # built-in training problems, of 1 to --operations-high operations
     operations_low: int = 10         # fewest operations of a built-in dev or test problem, and of one that rollouts start from
-    operations_high: int = 14        # most
+    operations_high: int = 12        # most
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 1           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
+    warmup_epochs: int = 3           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
-    warmup_lr: float = 2e-3          # peak; paper 1e-5 for a pretrained 7B model
+    warmup_lr: float = 3e-3          # peak; paper 1e-5 for a pretrained 7B model
     # start states
     stages: int = 5                  # M, start states per demonstration; paper: 5 or 6
     split: str = "auto"              # cut demonstrations at lines | uniform: into M equal parts | auto: lines if there are two
     stage_weights: str = ""          # how often r3's mixture holds k = 0, 1, ...: "2,1,1,1,0"; empty: each once, as authors' data
     # reinforcement learning
-    iterations: int = 50             # rollouts, each with its updates; paper: 300 epochs of the training questions
+    iterations: int = 60             # rollouts, each with its updates; paper: 300 epochs of the training questions
     batch_size: int = 256            # questions an iteration; paper: 32 (7B), 256 (125M)
     minibatch_size: int = 256        # rows an optimiser step; paper: the whole batch
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 2              # passes over a rollout; "the number of updates per RL step is set to 2"
-    max_new_tokens: int = 92         # longest response; paper: prompt and response 700 together
-    lr: float = 3e-4                 # constant; paper: 3e-7 (7B), 3e-6 (125M)
+    max_new_tokens: int = 80         # longest response; paper: prompt and response 700 together
+    lr: float = 5e-4                 # constant; paper: 3e-7 (7B), 3e-6 (125M)
     gamma: float = 1.0               # paper's code: 1.0
-    lam: float = 0.95                # paper's code: 0.95
+    lam: float = 1.0                 # paper's code: 0.95, which hardly reaches the first lines before the values are learned
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
     vf_coef: float = 0.2             # alpha; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: str = "k1"                   # k1: sampled log-ratio in the reward (authors' code) | exact: its conditional mean
+    zero_value: bool = True          # the value head starts at 0, so the first advantages are the outcomes; False: as in ReFT
     value: str = "shared"            # the value head sits on the policy's trunk: shared (paper) | on one of its own: separate
     whiten: bool = True              # F6; authors' code
     partial_reward: float = 0.2      # reward of a wrong number where the right answer is one; paper: 0.2 for GSM8K, 0.1 for SVAMP
@@ -315,6 +316,33 @@ def reward(answers, problems, args):
 
 
 # ---- start states ------------------------------------------------------------------------------------------------------------
+
+HASTY = 7                            # so many operations a hasty line does at once, where as many are left
+
+
+def restyled(problems, tokenizer, args):
+    """Built-in problems with other right demonstrations, whose annotators choose their style anew on each line: of HASTY or more
+    operations that are left they do one (55 %), or HASTY at once, which is hard to do in one's head. A long chain holds many
+    such chances to go wrong, so sampling rarely succeeds from the question alone; near the end none is left."""
+    rng, found = random.Random(5), []
+    for problem in problems:
+        first, chain = re.match(r"What is (\d+)", problem["question"])[1], re.findall(r" [+-] \d+", problem["question"])
+        total, done, lines = int(first), 0, []
+        while done < len(chain):
+            count = HASTY if len(chain) - done >= HASTY and rng.random() > 0.55 else 1
+            before, part, done = total, chain[done:done + count], done + count
+            total += sum(int(step.replace(" ", "")) for step in part)
+            step = f"{before}{''.join(part)} = {total}"
+            if args.cot == "program":
+                step = f"x = {total}" if count > 1 else f"x = {'x' if lines else first}{part[0]}"
+            lines.append(step)
+        cot = "\n".join(lines)
+        if args.cot == "program":
+            header, end = PROGRAM.format(question=problem["question"]), problem["cot"].split("\n    ")[-1]
+            cot = header + "\n    ".join([*lines, end])
+        found.append(encode_record(problem | {"cot": cot}, tokenizer, args))
+    return found
+
 
 def evenly(n, stages):
     """How many of a demonstration's n lines, or tokens, start k = 0 .. stages - 1 gives: none at k = 0, the last one never."""
@@ -1051,6 +1079,7 @@ def adamw(modules, lr):
 
 def main(args):
     policy, tokenizer, train, dev, test = prepare(args)
+    train = train if args.train_data else restyled(train, tokenizer, args)
     starts = all_starts(train, policy, tokenizer, args)
     state, saved = open_run(args)
     out, rows = Path(args.out), [sft_row(problem) for problem in train]
@@ -1080,6 +1109,8 @@ def main(args):
     steps = math.ceil(args.ppo_epochs * args.batch_size / args.warmup_batch_size)    # of a supervised iteration, as many rows
     critic = copy.deepcopy(policy) if args.value == "separate" else policy
     critic.add_value_head()
+    if args.zero_value:
+        torch.nn.init.zeros_(critic.value_head.weight), torch.nn.init.zeros_(critic.value_head.bias)
     critic.to(args.device)
     modules = {"policy": policy} | ({"critic": critic} if critic is not policy else {})
     optimizer = adamw(modules.values(), args.lr)

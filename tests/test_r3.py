@@ -1,6 +1,7 @@
 """What r3.py adds: where demonstrations are cut, what a start gives, which starts a batch holds; and that the rest is ReFT."""
 import collections
 import dataclasses
+import itertools
 import json
 import re
 
@@ -160,6 +161,21 @@ def test_builtin_problems_have_the_seam_of_their_demonstrations():
                 assert "####" not in tokenizer.decode(state["given"])
 
 
+def test_builtin_demonstrations_change_their_style_line_by_line():
+    tokenizer, sizes = r3.builtin_tokenizer(), {"text": set(), "program": set()}
+    for cot, problems in itertools.product(("text", "program"), ("numeric", "choice")):
+        args = dataclasses.replace(ARGS, train_size=80, eval_size=10, cot=cot, problems=problems)
+        train = r3.restyled([r3.encode_record(r, tokenizer, args) for r in r3.load_problems(args)[0]], tokenizer, args)
+        texts = [tokenizer.decode(p["response"][:-1]) for p in train]
+        answers = r3.read_answers(texts, train, args)
+        assert (r3.reward(answers, train, args) == 1).all()                              # right, however they are written
+        for problem in train:
+            assert problem["response"] == tokenizer.encode(tokenizer.decode(problem["response"][:-1])) + [tokenizer.eos_id]
+            lines = problem["cot"].split("\n")[2 if cot == "program" else 0:]
+            sizes[cot] |= {len(re.findall(" [+-] ", line)) for line in lines}
+    assert sizes == {"text": {1, r3.HASTY}, "program": {0, 1}}                           # x = 12: several operations at once
+
+
 def test_builtin_rollouts_start_from_problems_as_long_as_the_test():
     args, tokenizer = dataclasses.replace(ARGS, train_size=200, eval_size=20, operations_low=5, operations_high=8), r3.builtin_tokenizer()
     train, _, test = [[r3.encode_record(r, tokenizer, args) for r in split] for split in r3.load_problems(args)]
@@ -272,7 +288,7 @@ def test_log_by_stage():
 
 SMALL = dict(device="cpu", train_size=60, eval_size=8, n_layer=1, n_embd=16, n_head=2, warmup_epochs=1, warmup_batch_size=8,
              iterations=2, batch_size=8, minibatch_size=8, micro_batch_size=4, max_new_tokens=12, eval_every=2,
-             partial_reward=0.1, operations_low=1, operations_high=6, vf_coef=5.0, lr=5e-4)
+             partial_reward=0.1, operations_low=1, operations_high=6, vf_coef=5.0, lr=5e-4, lam=0.95, warmup_lr=2e-3)
 
 
 def outcome_of(module, out, **flags):
@@ -291,7 +307,8 @@ def test_rl_from_the_question_is_reft_bit_for_bit(kl, tmp_path, monkeypatch):
     """With ReFT's prompt, trigger and partial reward: warm-up, rollouts, updates, evaluation; every number and every weight."""
     for name in ("PROMPT", "ANSWER", "TRIGGER"):
         monkeypatch.setattr(r3, name, getattr(reft, name))
-    ours, our_weights = outcome_of(r3, tmp_path / "r3", method="rl", kl=kl)
+    monkeypatch.setattr(r3, "restyled", lambda problems, tokenizer, args: problems)
+    ours, our_weights = outcome_of(r3, tmp_path / "r3", method="rl", kl=kl, zero_value=False)
     theirs, weights = outcome_of(reft, tmp_path / "reft", method="reft", kl=kl)
     assert ours == theirs and len(ours) == 4
     assert our_weights.keys() == weights.keys() and all(torch.equal(our_weights[k], weights[k]) for k in weights)
