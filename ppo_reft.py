@@ -993,8 +993,8 @@ def finish_iteration(record, state, began, args):
     state["flat"] = state.get("flat", 0) + 1 if record.get("no_signal") == 1 else 0
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
-        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn "
-                   "from; look at the samples in log.jsonl")
+        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes that are compared were equal: there is "
+                   "nothing to learn from; look at the samples in log.jsonl")
     if "dev_accuracy" in record:
         plot(args)
 

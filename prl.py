@@ -24,7 +24,7 @@ log-ratio, and knows a line break by one token id; here it is found in the decod
 In units of r the KL of a question weighs its standard deviation over eta; a group of equal outcomes has A_i = 0 and is only
 pulled towards the reference.
 
-The weight of a token by --method: prl F5; frpo F5 with steps of one token (version 2 of the paper); grpo A_i; grpo-kl-loss A_i,
+The weight of a token by --method: prl F5; frpo F5 with steps of one token, as in version 2; grpo A_i; grpo-kl-loss A_i,
 with F9 added to the loss; grpo-kl-reward F6 of r_i - S_0 / eta; raft r_i; prm r_i - S_t / eta. base is not trained.
 
     python prl.py                                                 built-in problems, a small GPT from nothing, a few CPU minutes
@@ -88,10 +88,10 @@ class Args:
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most; also of a training problem
     operations_hard: int = 8         # most of a hard test problem, which has more than any question of the RL
-    # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 3           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
-    warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
-    warmup_lr: float = 2e-3          # peak; paper 1e-5 for a pretrained 7B model
+    # warm-up, which the paper has none of, on a linear schedule with 10 % warm-up steps as ReFT's
+    warmup_epochs: int = 3           # passes over the demonstrations, an eighth more of hard ones; 0: none (needs --model)
+    warmup_batch_size: int = 16      # demonstrations an optimiser step; ReFT: 48
+    warmup_lr: float = 2e-3          # peak; ReFT: 1e-5 for a pretrained 7B model
     # reinforcement learning
     iterations: int = 40             # rollouts, each with its update; authors' code: at least 500
     batch_size: int = 32             # questions an iteration; authors' code: 128
@@ -99,7 +99,7 @@ class Args:
     minibatch_size: int = 256        # rows an optimiser step; authors' code: the whole batch (version 2: a quarter)
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 1              # passes over a rollout; authors' code: 1, so the ratio is 1 and nothing is clipped
-    max_new_tokens: int = 56         # longest response; authors' code: 3072
+    max_new_tokens: int = 60         # longest response; authors' code: 3072
     lr: float = 3e-4                 # constant; authors' code: 1e-6 for pretrained 1B to 7B models
     eta: float = 10.0                # 1 / eta weighs the KL; authors' code: 1 to 200, for far longer responses
     steps: str = "newline"           # a step ends at a line break: newline | after --step-len tokens: length | at once: token
@@ -112,7 +112,7 @@ class Args:
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
     # reports
     samples: int = 8                 # n of avg@n and pass@k, drawn per test problem, T = 1; authors' code: 8
-    strict: bool = False             # read answers as the authors do: a bare float() of all that follows "the answer is:"
+    strict: bool = False             # read answers as ReFT's authors do: a bare float() of all that follows "the answer is:"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
     eval_every: int = 5              # iterations between evaluations by a sample per dev problem, which choose the checkpoint
     eval_size: int = 300             # at most so many dev, test and hard test problems
@@ -770,12 +770,13 @@ def rollout(policy, ref, problems, tokenizer, args):
     newline = newline_tokens(tokenizer, policy.config.vocab_size).to(tokens.device)
     advantages, process, steps = token_advantages(outcomes, ref_log_ratio, tokens, response_mask, newline, args)
     data |= {"old_logprobs": scores["old_logprobs"], "ref_logprobs": scores["ref_logprobs"], "advantages": advantages}
-    groups = outcomes.view(-1, args.group_size)
+    # what F6 compares: the answers to one question; without it, all of the batch
+    groups = outcomes.view(-1, len(outcomes) if args.method in ("raft", "prm") or args.group_size == 1 else args.group_size)
     log = {"accuracy": (outcomes == 1).float().mean(), "outcome": outcomes.mean(),
            "shaped_reward": (outcomes - ref_log_ratio.sum(1) / args.eta).mean(),         # a sample of the objective
            "unparsed": sum(answer is None for answer in answers) / len(answers),
            "truncated": truncated(tokens, response_mask, tokenizer.eos_id).float().mean(),
-           "no_signal": (groups.amin(1) == groups.amax(1)).float().mean(),                # groups with A_i = 0
+           "no_signal": (groups.amin(1) == groups.amax(1)).float().mean(),                # share without a difference
            "response_length": response_mask.sum(1).float().mean(),
            "steps": (torch.where(response_mask, steps, 0).amax(1) + 1).float().mean(),
            "process_mean": masked_mean(process.abs(), response_mask), "process_max": process.abs().max(),
@@ -976,8 +977,8 @@ def finish_iteration(record, state, began, args):
     state["flat"] = state.get("flat", 0) + 1 if record.get("no_signal") == 1 else 0
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
-        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn "
-                   "from; look at the samples in log.jsonl")
+        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes that are compared were equal: there is "
+                   "nothing to learn from; look at the samples in log.jsonl")
     if "dev_accuracy" in record:
         plot(args)
 
@@ -1125,7 +1126,7 @@ def main(args):
     names = [name for name in state["after"] if re.fullmatch(f"hard_accuracy|(hard_)?(avg|pass)@{args.samples}", name)]
     extra = "".join(f", {name} {state['before'][name]:.3f} -> {state['after'][name]:.3f}" for name in names)
     print(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f}{extra} on {len(test)} "
-          f"test problems (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {out}")
+          f"test problems (sampled dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {out}")
 
 
 def comments():

@@ -17,12 +17,12 @@ often right, and failing from one start but not from the next blames the step be
     whitening    A <- (A - mean A) / sqrt(var A + 1e-8), over all response tokens of a rollout    F6      whiten()
     policy loss  max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),   ratio = pi / pi_old           F7      loss_fn()
     value loss   1/2 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)                   F8      loss_fn()
-    total        L = L_policy + 5 L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
+    total        L = L_policy + c L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
 
-Eq. 1 to F9 are as in ppo_reft.py, F10 to F12 are the idea; `diff ppo_reft.py r3.py` shows it. What is given is context: no loss
-on it, and evaluation gives nothing. The authors' code (R3_math of github.com/WooooDyy/LLM-Reverse-Curriculum-RL) has ReFT's PPO
-but not the cutting: F10 is a rule that fits their published start states. How staged RL shares out its iterations is ours. All
-tensors have the layout of model.py.
+Eq. 1 to F9 are as in ppo_reft.py, with lam = 1, c = 0.2 and values that start at 0 for the long chains here (authors' code: 0.95,
+5, random). F10 to F12 are the idea; `diff ppo_reft.py r3.py` shows it. What is given is context: no loss on it, and evaluation
+gives nothing. The authors' code (R3_math of github.com/WooooDyy/LLM-Reverse-Curriculum-RL) has ReFT's PPO but not the cutting:
+F10 is a rule that fits their published start states. How staged RL shares out its iterations is ours. Layout: model.py.
 
     python r3.py                                                  built-in problems, a small GPT from nothing, a few CPU minutes
     python r3.py --method rl                                      the baselines: from the question alone (ReFT's loop),
@@ -83,22 +83,22 @@ class Args:
     train_size: int = 24000          # built-in training problems, of 1 to --operations-high operations
     operations_low: int = 10         # fewest operations of a built-in dev or test problem, and of one that rollouts start from
     operations_high: int = 12        # most
-    # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 3           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
-    warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
-    warmup_lr: float = 3e-3          # peak; paper 1e-5 for a pretrained 7B model
+    # warm-up, on a linear schedule with 10 % warm-up steps as ReFT's (authors' code: cosine)
+    warmup_epochs: int = 3           # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
+    warmup_batch_size: int = 16      # demonstrations an optimiser step; authors' code: 256
+    warmup_lr: float = 3e-3          # peak; authors' code: 2e-5 for a pretrained 7B model
     # start states
     stages: int = 5                  # M, start states per demonstration; paper: 5 or 6
     split: str = "auto"              # cut demonstrations at lines | uniform: into M equal parts | auto: lines if there are two
     stage_weights: str = ""          # how often r3's mixture holds k = 0, 1, ...: "2,1,1,1,0"; empty: each once, as authors' data
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its updates; paper: 300 epochs of the training questions
-    batch_size: int = 256            # questions an iteration; paper: 32 (7B), 256 (125M)
-    minibatch_size: int = 256        # rows an optimiser step; paper: the whole batch
+    iterations: int = 60             # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
+    batch_size: int = 256            # start states an iteration; authors' code: 32
+    minibatch_size: int = 256        # rows an optimiser step; authors' code: the whole batch
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
-    ppo_epochs: int = 2              # passes over a rollout; "the number of updates per RL step is set to 2"
-    max_new_tokens: int = 80         # longest response; paper: prompt and response 700 together
-    lr: float = 5e-4                 # constant; paper: 3e-7 (7B), 3e-6 (125M)
+    ppo_epochs: int = 2              # passes over a rollout; authors' code: 2
+    max_new_tokens: int = 80         # longest response (88 for programs); authors' code: prompt and response 700 together
+    lr: float = 5e-4                 # constant; authors' code: 3e-7 (7B)
     gamma: float = 1.0               # paper's code: 1.0
     lam: float = 1.0                 # paper's code: 0.95, which hardly reaches the first lines before the values are learned
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
@@ -106,7 +106,7 @@ class Args:
     vf_coef: float = 0.2             # alpha; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: str = "k1"                   # k1: sampled log-ratio in the reward (authors' code) | exact: its conditional mean
-    zero_value: bool = True          # the value head starts at 0, so the first advantages are the outcomes; False: as in ReFT
+    zero_value: bool = True          # the value head starts at 0, so the first advantages are outcomes alone; False: as in ReFT
     value: str = "shared"            # the value head sits on the policy's trunk: shared (paper) | on one of its own: separate
     whiten: bool = True              # F6; authors' code
     partial_reward: float = 0.2      # reward of a wrong number where the right answer is one; paper: 0.2 for GSM8K, 0.1 for SVAMP
@@ -307,7 +307,7 @@ def read_answers(texts, problems, args):
 
 def reward(answers, problems, args):
     """Outcome of each response (B,): 1 for the right answer, args.partial_reward for another number, 0 for no answer. A wrong
-    letter earns nothing (the authors' code pays it 0.1 as well)."""
+    letter earns nothing (ReFT's code pays it 0.1 as well)."""
     def outcome(answer, gold):
         if isinstance(gold, str) or answer is None:
             return float(answer == gold)
@@ -386,7 +386,7 @@ def all_starts(problems, policy, tokenizer, args):
     if not long and problems:
         raise InputError(f"--train-size {args.train_size}: none has --operations-low {args.operations_low} operations")
     starts = [start_states(problem, tokenizer, args) for problem in long]
-    for *_, start in starts:                                                             # the last one gives most
+    for *_, start in starts if args.method in ("r3", "staged") else []:                  # the last one gives most
         length = len(start["prompt"]) + len(start["given"]) + args.max_new_tokens
         if length > policy.config.max_len:
             raise InputError(f"the question {start['question'][:60]!r}... takes {length} tokens from its last start "
@@ -999,8 +999,8 @@ def finish_iteration(record, state, began, args):
     state["flat"] = state.get("flat", 0) + 1 if record.get("no_signal") == 1 else 0
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
-        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn "
-                   "from; look at the samples in log.jsonl")
+        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes that are compared were equal: there is "
+                   "nothing to learn from; look at the samples in log.jsonl")
     if "dev_accuracy" in record:
         plot(args)
 

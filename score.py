@@ -742,9 +742,9 @@ def demonstration(question, rng, args):
 
 
 def warmup_rows(problems, tokenizer, args):
-    """Rows of the warm-up. Three in four of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained. They teach what
-    a second attempt looks like and not to correct: y2 is drawn like y1, independently of it and of whether it is right. A file
-    has one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
+    """Rows of the warm-up. Three in four of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained. They
+    teach what a second attempt looks like and not to correct: y2 is drawn like y1, independently of it and of whether it is
+    right. A file has one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
     if args.train_data or args.task == "code":
         return [sft_row(problem) for problem in problems]
     rng, rows = random.Random(4), []
@@ -1248,8 +1248,8 @@ def finish_iteration(record, state, began, args):
     state["flat"] = state.get("flat", 0) + 1 if record.get("no_signal") == 1 else 0
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
-        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes were equal: there is nothing to learn "
-                   "from; look at the samples in log.jsonl")
+        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes that are compared were equal: there is "
+                   "nothing to learn from; look at the samples in log.jsonl")
     if "dev_accuracy" in record:
         plot(args)
 

@@ -140,7 +140,7 @@ def test_without_kl_and_with_k3_in_the_loss():
 
 
 def test_granularity_trades_variance_only():
-    """Three tokens, six actions: the mean gradient is the true one for every start anchor, the covariance's trace grows."""
+    """Three tokens, four actions: the mean gradient is the true one for every start anchor, the covariance's trace grows."""
     torch.manual_seed(0)
     V, L = 3, 4
     sequences = torch.tensor(list(itertools.product(range(V), repeat=L)))

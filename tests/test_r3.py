@@ -336,6 +336,15 @@ def test_evaluation_gives_nothing_of_the_demonstration():
 
 # ---- why: success by start on a chain ----------------------------------------------------------------------------------------
 
+def test_main_evaluates_from_the_question_alone_and_values_start_at_zero(tmp_path, monkeypatch):
+    seen, evaluate = [], r3.evaluate
+    monkeypatch.setattr(r3, "evaluate", lambda policy, problems, *rest: seen.extend(problems) or evaluate(policy, problems, *rest))
+    log, _ = outcome_of(r3, tmp_path / "r3", method="r3", iterations=1, eval_every=1)
+    assert len(seen) > 20 and all(problem["given"] == [] and "stage" not in problem for problem in seen)
+    assert log[1]["explained_variance"] == 0                                             # V = 0: 1 - var(R - 0) / var(R)
+    assert outcome_of(r3, tmp_path / "random", method="r3", iterations=1, zero_value=False)[0][1]["explained_variance"] != 0
+
+
 def test_success_on_a_chain_of_ten_coins():
     remaining = [10 - p for p in r3.evenly(10, 5)]
     assert [2.0 ** -n for n in remaining] == [2 ** -10, 2 ** -8, 2 ** -6, 2 ** -4, 2 ** -2]
