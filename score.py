@@ -26,10 +26,10 @@ Programs are asked for without worked examples (paper: three for MBPP). No code 
     python score.py --method multi-turn                           an ablation: both rewards from the start, no bonus
     python score.py --method star --model runs/score-score-s0/warmup --warmup-epochs 0
                                                                   a baseline, from the same warm-up
-    python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl --warmup-epochs 0
+    python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl --warmup-epochs 0 --lr 5e-6 --max-new-tokens 400
                                                                   a pretrained checkpoint on GSM8K's files or ReFT's
-    python score.py --task code --model FOLDER --train-data mbpp.jsonl --eval-data HumanEval.jsonl --max-new-tokens 300
-                                                                  programs instead of answers
+    python score.py --task code --model FOLDER --train-data mbpp.jsonl --eval-data HumanEval.jsonl --warmup-epochs 0 --lr 1e-5
+        --max-new-tokens 300                                      programs instead of answers
 """
 import argparse
 import copy
@@ -67,7 +67,7 @@ CHOICES = {"method": METHODS, "task": ("math", "code"), "problems": ("numeric",)
 @dataclass
 class Args:
     # run
-    method: str = "score"            # score | base, self-refine: untrained | star, pair-sft, each -plus: supervised | ablations
+    method: str = "score"            # score | base, self-refine: untrained | star, pair-sft, each also -plus: supervised | see METHODS
     task: str = "math"               # math: an answer | code: a program that passes tests
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; code: MBPP's JSON lines; empty: built-in problems
@@ -88,14 +88,14 @@ class Args:
     # warm-up, on a linear schedule with 10 % warm-up steps
     warmup_epochs: int = 3           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
     warmup_batch_size: int = 16      # demonstrations an optimiser step
-    warmup_lr: float = 2e-3          # peak; also of supervised baselines
+    warmup_lr: float = 2e-3          # peak; also of supervised baselines; 1e-5 for a pretrained model
     slips: float = 0.5               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
     # reinforcement learning
     iterations: int = 120            # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
     stage1: float = 0.33             # share of the iterations that are stage I; not disclosed
     batch_size: int = 64             # questions an iteration
     group_size: int = 4              # K, episodes of each; not disclosed. 64 * 4 = 256; paper: 512 (MATH), 128 (MBPP)
-    minibatch_size: int = 256        # rows an optimiser step: the whole rollout, used once, so there is no ratio and no clip
+    minibatch_size: int = 256        # rows an optimiser step, at least the whole rollout: it is used once, so there is no ratio
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     max_new_tokens: int = 56         # longest attempt, in each turn; not disclosed
     lr: float = 1e-4                 # constant; paper: 5e-6 (MATH), 1e-5 (MBPP)
@@ -103,7 +103,7 @@ class Args:
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
     beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
     gamma: float = 0.0               # share of R2 that y1 gets in stage II; paper: 0 (0.8 with alpha 1 collapsed)
-    turn2_weight: float = 1.0        # factor on y2's advantages; 11 and --method no-shaping: the expected gradient of alpha = 10
+    turn2_weight: float = 1.0        # factor on y2's advantages in stage II; 11 with --method no-shaping: as alpha = 10, in expectation
     kl_mode: str = "loss"            # loss: exact KL in the loss | reward: sampled log-ratio in the reward; not disclosed
     norm_std: str = "none"           # advantages are divided by nothing | the std of the turn's returns | of both turns': joint
     offline_fraction: float = 0.0    # q, share of first attempts in stage II that the base writes; paper: in "some experiments"
@@ -112,10 +112,10 @@ class Args:
     rounds: int = 3                  # of star, each samples from the newest model and starts from the base; paper: 3
     sft_epochs: int = 1              # passes over the kept traces in a round; paper: 1 (pair-sft)
     # reports
-    vote_k: int = 0                  # also vote among 2, 4 ... 2 * so many first attempts, or half as many corrections; paper: 16
+    vote_k: int = 0                  # vote among 2, 4, 8 .. 2 * so many first attempts, or half as many corrections; paper: 16
     strict: bool = False             # read answers as ReFT's authors do: a bare float() of all that follows "the answer is:"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 10             # iterations between greedy evaluations on the dev split; t1 + t2 chooses the checkpoint
+    eval_every: int = 10             # iterations between greedy evaluations on the dev split, whose t1 + t2 (single-turn: t1) chooses
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
 
@@ -536,7 +536,7 @@ def parse_code(raw, where):
 
 def load_code(args):
     """Train, dev and test records: by the authors' split of MBPP (training 601 to 974, validation 511 to 600) if the training
-    file has both, else a tenth of it is dev; the built-in set without a file."""
+    file has both, else a tenth of it is dev; of an MBPP file for evaluation 11 to 510; the built-in set without a file."""
     if not args.train_data:
         records = [parse_code(raw, "built-in") for raw in builtin_code(300, 0)]
         return records[:200], records[200:250][:args.eval_size], records[250:][:args.eval_size]
@@ -548,6 +548,7 @@ def load_code(args):
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records for a training and a dev split")
     test = [parse_code(raw, where) for where, raw in read_records(args.eval_data)]
+    test = [r for r in test if 11 <= number(r) <= 510] or test                               # of MBPP its own test split
     return train, dev[:args.eval_size], test[:args.eval_size]
 
 
@@ -693,7 +694,7 @@ def warmup(policy, rows, optimizer, state, save, args):
 
 # ---- SCoRe: two turns, two stages --------------------------------------------------------------------------------------------
 
-FORM = 'At the end of the Solution, when you give your final answer, write it in the form "Therefore, the answer is: answer".'
+FORM = 'At the end of the Solution, when you give your final answer, write it on a line of its own in the form "Therefore, the answer is: answer".'
 ERROR = ("\nThere might be an error in the {} above because of lack of understanding of the question. Please correct the error, "
          "if any, and rewrite the solution. ")
 REFINE = "\nReview your {} above: say to yourself what is wrong with it, and write an improved one. Only output the final {}! "
@@ -703,6 +704,8 @@ TURNS = {                                # before x1; p1; p1 of self-refine, who
              "step. " + FORM + "\n",
              ERROR.format("solution") + "Only output the final solution! " + FORM + "\nAnswer reasoning:\n",
              REFINE.format("solution", "solution") + FORM + "\nAnswer reasoning:\n"),
+    "program": ("", ERROR.format("code") + "Only output the final correct Python program!\nAnswer reasoning:\n",
+                REFINE.format("code", "Python program") + "\nAnswer reasoning:\n"),
     "code": ("", ERROR.format("code") + "Only output the final correct Python program!\nPython program:\n",
              REFINE.format("code", "Python program") + "\nPython program:\n"),
 }
@@ -710,7 +713,8 @@ TURNS = {                                # before x1; p1; p1 of self-refine, who
 
 def turns(args):
     """The texts of TURNS that fit the data."""
-    return TURNS["code" if args.task == "code" else "math" if args.train_data else "built-in"]
+    return TURNS["code" if args.task == "code" else "program" if args.cot == "program" else
+                 "math" if args.train_data else "built-in"]
 
 
 def add_turns(problems, tokenizer, max_len, args):
@@ -914,7 +918,7 @@ def rollout(policy, ref, problems, stage, tokenizer, args):
     turn_sum = lambda x, mask: torch.where(mask, x, 0).sum(1)                            # (B,)
     kl_k1 = scores["logprobs"] - scores["ref_logprobs"]                                  # one-sample estimate of the KL
     G1, G2 = turn_returns(outcomes1, outcomes2, turn_sum(kl_k1, turn1_mask), turn_sum(kl_k1, turn2_mask), stage, args)
-    A1, A2 = turn_advantages(G1, G2, own, args)
+    A1, A2 = turn_advantages(G1, G2, own, args if stage == 2 else replace(args, turn2_weight=1.0))
     c1, c2 = kl_weights(stage, args)
     data["response_mask"] = turn1_mask if args.method == "single-turn" else data["response_mask"]
     data["advantages"] = torch.where(data["response_mask"], A1[:, None] * turn1_mask + A2[:, None] * turn2_mask, 0)
@@ -950,11 +954,8 @@ def loss_fn(policy, ref, args, micro, minibatch):
 
 
 def reinforce(policy, ref, data, optimizer, args):
-    """One pass over a rollout. Returns the mean of each logged number."""
-    loss_of = functools.partial(loss_fn, policy, ref, args)
-    steps = [optimiser_step(loss_of, {k: v[rows] for k, v in data.items()}, optimizer, args)
-             for rows in torch.arange(len(data["tokens"]), device=data["tokens"].device).split(args.minibatch_size)]
-    return {k: sum(step[k] for step in steps) / len(steps) for k in steps[0]}
+    """One step on a whole rollout. Returns the logged numbers."""
+    return optimiser_step(functools.partial(loss_fn, policy, ref, args), data, optimizer, args)
 
 
 # ---- baselines: supervised training on the model's own traces ----------------------------------------------------------------
@@ -1011,7 +1012,8 @@ def is_supervised(iteration, args):
 def trace_update(policy, ref, train, optimizer, state, iteration, tokenizer, args):
     """An iteration of supervised training on traces. The iterations are split into rounds. The first of a round draws as many
     traces from the newest model as reinforcement learning would in all of it, and goes back to the base; in star-stage2 it goes
-    on from where it is. state["rows"] keeps the round's rows for a resumed run."""
+    on from where it is. The passes over them are spread over the round; of a few traces they end sooner. state["rows"] keeps the
+    round's rows for a resumed run."""
     before = sum(stage_of(i, args) == 1 for i in range(1, iteration))
     rounds, length = 1 if "pair" in args.method else args.rounds, args.iterations - before
     starts = [before + 1 + length * i // rounds for i in range(rounds)] + [args.iterations + 1]
@@ -1025,10 +1027,12 @@ def trace_update(policy, ref, train, optimizer, state, iteration, tokenizer, arg
             policy.load_state_dict(ref.state_dict())
         optimizer.state.clear()
     log |= {"stage": stage_of(iteration, args), "kept": len(state["rows"])}
-    if not state["rows"]:
+    total = math.ceil(args.sft_epochs * len(state["rows"]) / args.warmup_batch_size)
+    steps = max(1, math.ceil(total / (end - start)))
+    used = math.ceil(total / steps)                                  # iterations that train
+    if iteration - start >= used:
         return log, {}
-    steps = math.ceil(args.sft_epochs * len(state["rows"]) / args.warmup_batch_size / (end - start))
-    return log, sft_update(policy, state["rows"], optimizer, iteration - start + 1, steps, replace(args, iterations=end - start))
+    return log, sft_update(policy, state["rows"], optimizer, iteration - start + 1, steps, replace(args, iterations=used))
 
 
 # ---- inference-time methods: voting ------------------------------------------------------------------------------------------
@@ -1336,6 +1340,13 @@ def check_turns(args):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: is a share, at most 1")
     if args.task == "code" and not args.model:
         raise InputError("--task code needs --model: the small vocabulary made here knows the built-in problems only")
+    if args.minibatch_size < args.batch_size * args.group_size:
+        raise InputError(f"--minibatch-size {args.minibatch_size}: must hold the whole rollout, {args.batch_size * args.group_size} "
+                         "rows (--batch-size times --group-size), which is used once")
+    if args.turn2_weight != 1 and args.kl_mode == "reward":
+        raise InputError("--turn2-weight would weigh the KL too where it is part of the reward: --kl-mode loss")
+    if args.method == "single-turn" and (args.offline_fraction or args.gamma):
+        raise InputError("--method single-turn trains its own first attempts on r1 alone: no --offline-fraction, no --gamma")
     if args.cot == "program" and (args.task == "code" or not args.train_data):
         raise InputError("--cot program is for problems with an answer, from --train-data")
 
@@ -1368,13 +1379,14 @@ def main(args):
 
     # the warm-up model is the base: the initial policy and, in both stages, the frozen reference
     ref = copy.deepcopy(policy).requires_grad_(False)
+    chosen_by = "t1" if args.method == "single-turn" else "outcome"
     modules, optimizer = {"policy": policy}, adamw([policy], args.lr)
     if saved:
         restore(saved, modules, optimizer)
     else:
         save_checkpoint(out / "model", policy, tokenizer)
         greedy = evaluate(policy, dev, tokenizer, args)
-        state["best"] = {"iteration": 0, "accuracy": greedy["accuracy"], "outcome": greedy["outcome"]}
+        state["best"] = {"iteration": 0, "accuracy": greedy["accuracy"], chosen_by: greedy[chosen_by]}
         save_run(args, state, modules, optimizer)
 
     for iteration in range(state["step"] + 1, args.iterations + 1):
@@ -1394,9 +1406,9 @@ def main(args):
             greedy = evaluate(policy, dev, tokenizer, args)
             record |= {f"dev_{k}": v for k, v in greedy.items() if k != "edit_histogram"}
             tqdm.write(f"stage {stage}, dev: {two_rates(greedy)}")
-            if greedy["outcome"] > state["best"]["outcome"]:
+            if greedy[chosen_by] > state["best"][chosen_by]:
                 save_checkpoint(out / "model", policy, tokenizer)
-                state["best"] = {"iteration": iteration, "accuracy": greedy["accuracy"], "outcome": greedy["outcome"]}
+                state["best"] = {"iteration": iteration, "accuracy": greedy["accuracy"], chosen_by: greedy[chosen_by]}
         finish_iteration(record, state, began, args)
         if iteration % args.save_every == 0 or iteration == args.iterations or STOP:
             save_run(args, state, modules, optimizer)
@@ -1405,7 +1417,7 @@ def main(args):
     # the checkpoint that was best on the dev split, tested once; and the last one
     if state["phase"] == "train":
         best, last = load_checkpoint(out / "model")[0].to(args.device), evaluate(policy, test, tokenizer, args)
-        state["after"] = evaluate(best, test, tokenizer, args) | {f"last_{name}": last[name] for name in ("t1", "t2", "delta")}
+        state["after"] = evaluate(best, test, tokenizer, args) | {f"last_{name}": last[name] for name in ("t1", "t2", "delta", "i->c", "c->i")}
         state["after"] |= fixed_and_own(best, ref, test, tokenizer, args)
         if args.vote_k:
             state["after"] |= vote_curves(best, test, tokenizer, args)

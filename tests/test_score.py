@@ -323,6 +323,16 @@ def test_offline_first_attempts_are_context():
         assert row[:len(whole)][:3] == whole[:3]
 
 
+def test_own_tells_who_wrote_a_first_attempt(monkeypatch):
+    policy, ref = tiny(value_head=False), tiny(value_head=False)
+    author = {id(policy): 20, id(ref): 21}
+    monkeypatch.setattr(score, "generate", lambda gpt, prompts, *_, group_size: (
+        torch.tensor([[5, author[id(gpt)]] for _ in range(len(prompts) * group_size)]), torch.ones(len(prompts) * group_size, 1).bool()))
+    torch.manual_seed(0)
+    (tokens, _), own = score.offline_first(policy, ref, toy_problems(), dataclasses.replace(TOY, offline_fraction=0.5))
+    assert tokens[:, 1].tolist() == [20 if mine else 21 for mine in own.tolist()] and 0 < own.float().mean() < 1
+
+
 def test_offline_rows_have_no_first_turn_in_the_update(monkeypatch):
     _, _, online, _ = toy_rollout(monkeypatch, 2)
     *_, data, log = toy_rollout(monkeypatch, 2, dataclasses.replace(TOY, offline_fraction=1.0))
@@ -518,6 +528,42 @@ def test_which_traces_are_kept(method, expected):
             assert second in ("r1", "r2", "R1", "R2")
             found.add((first, "any" if "pair" in method else second))
     assert found == expected
+
+
+@pytest.mark.parametrize("method, kept, trained", [
+    ("star", 40, [1, 1, 1, 1, 1, 0] * 2), ("pair-sft", 40, [1, 1, 1, 1, 1] + [0] * 7), ("pair-sft", 100, [2, 2, 2, 2, 2, 2, 2] + [0] * 5),
+    ("star-stage2", 40, [None] * 4 + [2, 2, 2, 0] * 2), ("star", 0, [0] * 12)])
+def test_rounds_train_their_traces_once(method, kept, trained, monkeypatch):
+    """Two rounds of six iterations, or one of twelve: ceil(kept / 8) steps each, from the base again but for star-stage2; and a
+    run that was interrupted within a round, its rows kept in the state, has the same weights."""
+    args = flags(method=method, iterations=12, stage1=0.33, rounds=2, warmup_batch_size=8, micro_batch_size=8, batch_size=2)
+    row = ([5, 6, 7, 2], [False, False, True, True])
+    monkeypatch.setattr(score, "draw_traces", lambda policy, batches, *_: (len(batches), {"tokens": 9}))
+    monkeypatch.setattr(score, "trace_rows", lambda traces, rng, args: [row] * kept)
+    steps, step = [], score.optimiser_step
+    monkeypatch.setattr(score, "optimiser_step", lambda *a: steps.append(1) or step(*a))
+    base, found = tiny(value_head=False), []
+    for interrupted in (False, True):
+        policy, ref = tiny(value_head=False), tiny(value_head=False)
+        optimizer, state, counts = score.adamw([policy], 1e-3), {}, []
+        with torch.no_grad():
+            policy.head_weight.add_(0.01)                                         # as if stage I had trained it
+        for iteration in range(1, 13):
+            if not score.is_supervised(iteration, args):
+                counts.append(None)
+                continue
+            if interrupted:
+                state = json.loads(json.dumps(state))
+            steps.clear()
+            log, stats = score.trace_update(policy, ref, [{}] * 4, optimizer, state, iteration, None, args)
+            counts.append(len(steps))
+            assert log["kept"] == kept and bool(stats) == bool(steps)
+            if not steps and not kept:                                            # back at the base, or where it was
+                moved = not torch.equal(policy.head_weight, base.head_weight)
+                assert moved == (method == "star-stage2")
+        assert counts == trained
+        found.append(policy.head_weight.detach().clone())
+    assert torch.equal(*found)
 
 
 # ---- code --------------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ class Running:
 
 
 def start(script, out, *flags, tiny=True):
-    return Running(script, [str(flag) for flag in (*(TINY if tiny else []), "--out", out, *flags)])
+    whole = ["--minibatch-size", "32"] if script == "score" else []           # which takes the whole rollout in one step
+    return Running(script, [str(flag) for flag in (*(TINY + whole if tiny else []), "--out", out, *flags)])
 
 
 def run(script, out, *flags, tiny=True):
