@@ -26,8 +26,8 @@ Programs are asked for without worked examples (paper: three for MBPP). No code 
     python score.py --method multi-turn                           an ablation: both rewards from the start, no bonus
     python score.py --method star --model runs/score-score-s0/warmup --warmup-epochs 0
                                                                   a baseline, from the same warm-up
-    python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl --warmup-epochs 0 --lr 5e-6 --max-new-tokens 400
-                                                                  a pretrained checkpoint on GSM8K's files or ReFT's
+    python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl --warmup-epochs 0 --lr 5e-6
+        --max-new-tokens 400                                      a pretrained checkpoint on GSM8K's files or ReFT's
     python score.py --task code --model FOLDER --train-data mbpp.jsonl --eval-data HumanEval.jsonl --warmup-epochs 0 --lr 1e-5
         --max-new-tokens 300                                      programs instead of answers
 """
@@ -67,7 +67,7 @@ CHOICES = {"method": METHODS, "task": ("math", "code"), "problems": ("numeric",)
 @dataclass
 class Args:
     # run
-    method: str = "score"            # score | base, self-refine: untrained | star, pair-sft, each also -plus: supervised | see METHODS
+    method: str = "score"            # score | base, self-refine: untrained | star, pair-sft, also -plus: supervised | ablations
     task: str = "math"               # math: an answer | code: a program that passes tests
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; code: MBPP's JSON lines; empty: built-in problems
@@ -103,7 +103,7 @@ class Args:
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
     beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
     gamma: float = 0.0               # share of R2 that y1 gets in stage II; paper: 0 (0.8 with alpha 1 collapsed)
-    turn2_weight: float = 1.0        # factor on y2's advantages in stage II; 11 with --method no-shaping: as alpha = 10, in expectation
+    turn2_weight: float = 1.0        # factor on y2's advantages in stage II; with no-shaping, 11 is like alpha = 10 in expectation
     kl_mode: str = "loss"            # loss: exact KL in the loss | reward: sampled log-ratio in the reward; not disclosed
     norm_std: str = "none"           # advantages are divided by nothing | the std of the turn's returns | of both turns': joint
     offline_fraction: float = 0.0    # q, share of first attempts in stage II that the base writes; paper: in "some experiments"
@@ -115,7 +115,7 @@ class Args:
     vote_k: int = 0                  # vote among 2, 4, 8 .. 2 * so many first attempts, or half as many corrections; paper: 16
     strict: bool = False             # read answers as ReFT's authors do: a bare float() of all that follows "the answer is:"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 10             # iterations between greedy evaluations on the dev split, whose t1 + t2 (single-turn: t1) chooses
+    eval_every: int = 10             # iterations between greedy evaluations on the dev split; t1 + t2 (single-turn: t1) chooses
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
 
@@ -694,7 +694,8 @@ def warmup(policy, rows, optimizer, state, save, args):
 
 # ---- SCoRe: two turns, two stages --------------------------------------------------------------------------------------------
 
-FORM = 'At the end of the Solution, when you give your final answer, write it on a line of its own in the form "Therefore, the answer is: answer".'
+FORM = ('At the end of the Solution, when you give your final answer, write it on a line of its own in the form '
+        '"Therefore, the answer is: answer".')
 ERROR = ("\nThere might be an error in the {} above because of lack of understanding of the question. Please correct the error, "
          "if any, and rewrite the solution. ")
 REFINE = "\nReview your {} above: say to yourself what is wrong with it, and write an improved one. Only output the final {}! "
@@ -1341,8 +1342,8 @@ def check_turns(args):
     if args.task == "code" and not args.model:
         raise InputError("--task code needs --model: the small vocabulary made here knows the built-in problems only")
     if args.minibatch_size < args.batch_size * args.group_size:
-        raise InputError(f"--minibatch-size {args.minibatch_size}: must hold the whole rollout, {args.batch_size * args.group_size} "
-                         "rows (--batch-size times --group-size), which is used once")
+        raise InputError(f"--minibatch-size {args.minibatch_size}: must hold the whole rollout of --batch-size times --group-size "
+                         f"{args.batch_size * args.group_size} rows, which is used once")
     if args.turn2_weight != 1 and args.kl_mode == "reward":
         raise InputError("--turn2-weight would weigh the KL too where it is part of the reward: --kl-mode loss")
     if args.method == "single-turn" and (args.offline_fraction or args.gamma):
@@ -1417,7 +1418,8 @@ def main(args):
     # the checkpoint that was best on the dev split, tested once; and the last one
     if state["phase"] == "train":
         best, last = load_checkpoint(out / "model")[0].to(args.device), evaluate(policy, test, tokenizer, args)
-        state["after"] = evaluate(best, test, tokenizer, args) | {f"last_{name}": last[name] for name in ("t1", "t2", "delta", "i->c", "c->i")}
+        state["after"] = evaluate(best, test, tokenizer, args)
+        state["after"] |= {f"last_{name}": last[name] for name in ("t1", "t2", "delta", "i->c", "c->i")}
         state["after"] |= fixed_and_own(best, ref, test, tokenizer, args)
         if args.vote_k:
             state["after"] |= vote_curves(best, test, tokenizer, args)
