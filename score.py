@@ -522,7 +522,8 @@ def parse_code(raw, where):
     if texts("text", "code") and isinstance(raw.get("test_list"), list) and raw["test_list"]:
         tests = "\n".join(map(str, raw["test_list"]))
         question = f"{raw['text'].strip()}\nYour code should pass these tests:\n{tests}"
-        setup, program = str(raw.get("test_setup_code") or ""), raw["code"]
+        tests = f"{raw.get('test_setup_code') or ''}\n{tests}"                            # which may use what the program defines
+        setup, program = "", raw["code"]
     elif texts("prompt", "canonical_solution", "test", "entry_point") and f"def {raw['entry_point']}(" in raw["prompt"]:
         setup = raw["prompt"][:raw["prompt"].rindex(f"def {raw['entry_point']}(")]       # imports, and functions it builds on
         question, program = raw["prompt"].strip(), raw["prompt"] + raw["canonical_solution"]

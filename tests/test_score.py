@@ -592,6 +592,13 @@ def test_right_programs_pass_and_empty_and_wrong_ones_fail():
     assert score.passes([None, "", CODE[0]["cot"]], [CODE[0]] * 3).tolist() == [0, 0, 1]
 
 
+def test_mbpp_setup_uses_the_program():
+    raw = {"text": "t", "code": "class Node:\n    left = None", "test_list": ["assert root.left.left is None"],
+           "test_setup_code": "root = Node()\r\nroot.left = Node()"}
+    problem = score.parse_code(raw, "here")
+    assert "Node()" not in problem["question"] and score.passes([raw["code"], "class Node: pass"], [problem] * 2).tolist() == [1, 0]
+
+
 def test_humaneval_form():
     problem = score.parse_code(HUMANEVAL, "here")
     programs = [problem["cot"], "def double(x):\n    return 2 * half(2 * x)", "def double(x):\n    return x", None]
