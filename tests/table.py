@@ -1,9 +1,10 @@
 """The results tables and figures of README from the summaries and logs of many runs.
 
-    python tests/table.py RUNS_FOLDER [--only NAME*] [--show t1,t2] [--out results/FILE.json] [--plot FILE.png] [--plot-pass FILE.png]
+    python tests/table.py RUNS_FOLDER [--only NAME*] [--show t1,t2 [--minus NAME]] [--out results/FILE.json] [--plot FILE.png]
+                          [--plot-pass FILE.png]
 
 Runs whose folders are called the same but for "-s<seed>" form a row; each number is a mean over seeds with a 95 % interval
-(Student's t), in per cent. --out keeps the summaries, one list, as the raw data behind the table; --plot draws dev accuracy over the
+(Student's t), in per cent; with --minus the differences to the runs NAME, seed by seed. --out keeps the summaries, one list, as the raw data behind the table; --plot draws dev accuracy over the
 iterations, the mean over seeds and the range; --plot-pass draws pass@k against k, before training and after it.
 """
 import argparse
@@ -35,13 +36,18 @@ def read(path):
     curve = [(r["iteration"], r["dev_accuracy"]) for r in log if "dev_accuracy" in r]
     flags = {k: v for k, v in info["args"].items() if k not in ("out", "model")}
     total = {"total_tokens": log[-1]["total_tokens"]} if "total_tokens" in log[-1] else {}
+    first = next((r for r in log if r["event"] == "iteration" and "accuracy" in r), {})          # of samples, before any update
+    total |= {f"first_{k}": first[k] for k in ("accuracy", "stage_accuracy") if k in first}
     return summary | {"run": path.parent.name, "args": flags, "commit": info["commit"], "torch": info["torch"], "dev": curve} | total
 
 
-def row(name, runs, show):
+def row(name, runs, show, minus):
     """A line of a table in Markdown."""
     if show:
         columns = {k: [r["after"][k] for r in runs] for k in show.split(",")}
+        for other in minus:                                          # the same seeds in the same order
+            assert [r["seed"] for r in runs] == [r["seed"] for r in other]
+            columns = {k: [a - r["after"][k] for a, r in zip(v, other)] for k, v in columns.items()}
     else:
         columns = {"before": [r["before"]["accuracy"] for r in runs]}
         columns |= {k: [r["after"][k] for r in runs] for k, v in runs[0]["after"].items()
@@ -81,6 +87,7 @@ def main():
     parser.add_argument("runs", type=Path)
     parser.add_argument("--only", default="*", help="runs whose folders match this pattern")
     parser.add_argument("--show", help="metrics after training, joined by commas, as the columns; else all")
+    parser.add_argument("--minus", help="with --show: the runs to subtract, by name without the seed")
     for flag in ("--out", "--plot", "--plot-pass"):
         parser.add_argument(flag, type=Path)
     args = parser.parse_args()
@@ -90,7 +97,8 @@ def main():
     if args.show:
         print("| runs | seeds | " + args.show.replace(",", " | ") + " |\n" + "|---" * (args.show.count(",") + 3) + "|")
     for name, runs in groups.items():
-        print(row(name, runs, args.show))
+        if name != args.minus:
+            print(row(name, runs, args.show, [groups[args.minus]] if args.minus else []))
     if args.out:
         args.out.write_text("[\n" + ",\n".join(json.dumps(r) for r in sum(groups.values(), [])) + "\n]\n")
     if args.plot:
