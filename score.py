@@ -91,8 +91,8 @@ class Args:
     warmup_lr: float = 2e-3          # peak; also of supervised baselines; 1e-5 for a pretrained model
     slips: float = 0.5               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
     # reinforcement learning
-    iterations: int = 120            # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
-    stage1: float = 0.33             # share of the iterations that are stage I; not disclosed
+    iterations: int = 60             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
+    stage1: float = 0.67             # share of the iterations that are stage I; not disclosed
     batch_size: int = 64             # questions an iteration
     group_size: int = 4              # K, episodes of each; not disclosed. 64 * 4 = 256; paper: 512 (MATH), 128 (MBPP)
     minibatch_size: int = 256        # rows an optimiser step, at least the whole rollout: it is used once, so there is no ratio
