@@ -692,7 +692,7 @@ def test_methods_without_training(method, tmp_path):
                                       ["--norm-std", "joint", "--gamma", "0.8"], ["--method", "single-turn"],
                                       ["--method", "no-shaping", "--turn2-weight", "11"]])
 def test_every_switch_runs_through_both_stages(switches, tmp_path):
-    result = run("score", tmp_path / "run", *switches)
+    result = run("score", tmp_path / "run", "--stage1", 0.33, *switches)
     assert result.returncode == 0, result.stderr
     stages = [r["stage"] for r in read_log(tmp_path / "run") if r["event"] == "iteration"]
     assert stages == ([2, 2, 2] if "single-turn" in switches else [1, 2, 2])
