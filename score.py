@@ -88,7 +88,7 @@ class Args:
     # warm-up, on a linear schedule with 10 % warm-up steps
     warmup_epochs: int = 3           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
     warmup_batch_size: int = 16      # demonstrations an optimiser step
-    warmup_lr: float = 2e-3          # peak; also of supervised baselines; 1e-5 for a pretrained model
+    warmup_lr: float = 2e-3          # peak; 1e-5 for a pretrained model
     slips: float = 0.5               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
     # reinforcement learning
     iterations: int = 60             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
@@ -98,7 +98,7 @@ class Args:
     minibatch_size: int = 256        # rows an optimiser step, at least the whole rollout: it is used once, so there is no ratio
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     max_new_tokens: int = 56         # longest attempt, in each turn; not disclosed
-    lr: float = 1e-4                 # constant; paper: 5e-6 (MATH), 1e-5 (MBPP)
+    lr: float = 1e-4                 # constant; supervised baselines: peak; paper: 5e-6 (MATH), 1e-5 (MBPP)
     alpha: float = 10.0              # of the bonus; paper: 10
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
     beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
@@ -1034,7 +1034,8 @@ def trace_update(policy, ref, train, optimizer, state, iteration, tokenizer, arg
     used = math.ceil(total / steps)                                  # iterations that train
     if iteration - start >= used:
         return log, {}
-    return log, sft_update(policy, state["rows"], optimizer, iteration - start + 1, steps, replace(args, iterations=used))
+    schedule = replace(args, iterations=used, warmup_lr=args.lr)     # the learning rate is that of all methods
+    return log, sft_update(policy, state["rows"], optimizer, iteration - start + 1, steps, schedule)
 
 
 # ---- inference-time methods: voting ------------------------------------------------------------------------------------------
