@@ -51,7 +51,7 @@ def row(name, runs, show, minus):
     else:
         columns = {"before": [r["before"]["accuracy"] for r in runs]}
         columns |= {k: [r["after"][k] for r in runs] for k, v in runs[0]["after"].items()
-                    if isinstance(v, float) and k not in HIDDEN and any(r["after"][k] for r in runs)}
+                    if isinstance(v, float) and k not in HIDDEN and all(k in r["after"] for r in runs)}
         columns |= {"gain": [r["after"]["accuracy"] - r["before"]["accuracy"] for r in runs]}
     return f"| {name} | {len(runs)} | " + " | ".join(f"{'' if show else k + ' '}{interval(v)}" for k, v in columns.items()) + " |"
 
