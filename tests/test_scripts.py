@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [name for name in ("ppo_reft", "r3", "score", "prl") if (ROOT / f"{name}.py").exists()]
@@ -40,6 +42,7 @@ class Running:
             try:
                 os.dup2(self.files[0].fileno(), 1), os.dup2(self.files[1].fileno(), 2)
                 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                tqdm.set_lock(threading.RLock())       # not the one of all forks, which a child killed at the wrong moment keeps
                 sys.argv = [f"{script}.py", *argv]
                 runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
                 code = 0
