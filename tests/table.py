@@ -87,13 +87,16 @@ def main():
     parser.add_argument("runs", type=Path)
     parser.add_argument("--only", default="*", help="runs whose folders match this pattern")
     parser.add_argument("--show", help="metrics after training, joined by commas, as the columns; else all")
+    parser.add_argument("--seeds", help="only these, joined by commas")
     parser.add_argument("--minus", help="with --show: the runs to subtract, by name without the seed")
     for flag in ("--out", "--plot", "--plot-pass"):
         parser.add_argument(flag, type=Path)
     args = parser.parse_args()
     groups = defaultdict(list)
     for path in sorted(args.runs.glob(f"{args.only}/summary.json")):
-        groups[path.parent.name.rpartition("-s")[0]].append(read(path))
+        name, _, seed = path.parent.name.rpartition("-s")
+        if not args.seeds or seed in args.seeds.split(","):
+            groups[name].append(read(path))
     if args.show:
         print("| runs | seeds | " + args.show.replace(",", " | ") + " |\n" + "|---" * (args.show.count(",") + 3) + "|")
     for name, runs in groups.items():
