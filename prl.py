@@ -74,7 +74,7 @@ class Args:
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; empty: the built-in problems
     eval_data: str = ""              # test set in the same form; needed with --train-data
-    problems: str = "numeric"        # built-in problems: numeric | choice (five options, the answer is a letter)
+    problems: str = "numeric"        # built-in problems: numeric | choice (five options, a letter; with --max-new-tokens 64)
     cot: str = "text"                # rationales are text (N-CoT) | program (P-CoT: Python, run in a sandbox)
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
@@ -144,14 +144,18 @@ def builtin_record(rng, operations, args):
     if args.problems == "choice":
         options = rng.sample([n for n in range(20) if n != totals[-1]], 4)
         options.insert(rng.randrange(5), totals[-1])
-        question += "\n" + " , ".join(f"{letter} ) {option}" for letter, option in zip("abcde", options))
+        listed = [f"{letter} ) {option}" for letter, option in zip("abcde", options)]
+        question += "\n" + " , ".join(listed)
         answer = "abcde"[options.index(totals[-1])]
     if args.cot == "text":
-        cot = "\n".join(f"{totals[i]}{''.join(chain[i:j])} = {totals[j]}" for i, j in zip(starts, stops))
+        lines = [f"{totals[i]}{''.join(chain[i:j])} = {totals[j]}" for i, j in zip(starts, stops)]
+        if args.problems == "choice":                                # goes through the options up to the right one
+            lines.append(" , ".join(listed[:options.index(totals[-1]) + 1]))
+        cot = "\n".join(lines)
     else:
         careful = [f"x = {totals[0] if i == 0 else 'x'}{chain[i]}" for i in range(operations)]
         lines = careful if stride == 1 else [f"x = {totals[j]}" for j in stops]
-        value = f'"{answer}"' if args.problems == "choice" else "x"
+        value = f'"abcde"[[{" , ".join(map(str, options))}].index(x)]' if args.problems == "choice" else "x"
         cot = "\n    ".join([PROGRAM.format(question=question) + lines[0], *lines[1:], f"return {value}"])
     return {"question": question, "answer_cot": cot, "answer_value": answer}
 
@@ -166,9 +170,10 @@ def builtin_records(n, low, high, seed, args, without=()):
     return records
 
 
-def builtin_tokenizer():
+def builtin_tokenizer(args):
     """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
-    return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
+    index = ['"abcde"[[', "].index(x)]"] if args.problems == "choice" else []            # the letter that a program returns
+    return Tokenizer.from_pieces(index + [str(number) for number in range(20)] + PROMPT.split("{question}")
                                  + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
                                     *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
 
@@ -1030,7 +1035,7 @@ def initial_policy(args):
     if args.model:
         policy, tokenizer = load_checkpoint(args.model)
     else:
-        tokenizer = builtin_tokenizer()
+        tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     return policy.to(args.device), tokenizer
@@ -1046,6 +1051,10 @@ def prepare(args):
         if length > policy.config.max_len:
             raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with its response, "
                              f"the model's context holds {policy.config.max_len}")
+    longer = sum(len(problem["response"]) - len(problem["given"]) > args.max_new_tokens for problem in splits[0])
+    if longer:
+        print(f"warning: {longer} of {len(splits[0])} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
+              "responses as long will be cut off", file=sys.stderr)
     return policy, tokenizer, *splits
 
 

@@ -20,7 +20,8 @@ ARGS = dataclasses.replace(reft.Args(), device="cpu", train_size=400, eval_size=
 @pytest.mark.parametrize("problems", ["numeric", "choice"])
 @pytest.mark.parametrize("cot", ["text", "program"])
 def test_builtin_demonstrations_earn_1(problems, cot):
-    args, tokenizer = dataclasses.replace(ARGS, problems=problems, cot=cot), reft.builtin_tokenizer()
+    args = dataclasses.replace(ARGS, problems=problems, cot=cot)
+    tokenizer = reft.builtin_tokenizer(args)
     for split in reft.load_problems(args):
         encoded = [reft.encode_record(record, tokenizer, args) for record in split]
         texts = [tokenizer.decode(p["response"][:-1]) for p in encoded]
@@ -29,6 +30,12 @@ def test_builtin_demonstrations_earn_1(problems, cot):
         assert (reft.reward(wrong, encoded, args) < 1).float().mean() > 0.5
         assert all(p["response"][:len(p["given"])] == p["given"] for p in encoded)     # the seam of the demonstrations
         assert all(bool(p["given"]) == (cot == "program") for p in encoded)
+        if problems == "choice":
+            options = [dict(re.findall(r"([a-e]) \) (\d+)", p["question"])) for p in encoded]
+            assert all(len(set(o.values())) == 5 for o in options) and {p["gold"] for p in encoded} == set("abcde")
+            if cot == "text":                                                           # looks through them up to the right one
+                assert all(p["cot"].endswith(f"{p['gold']} ) {o[p['gold']]}") for p, o in zip(encoded, options))
+                assert not any(reft.contradicts(text, p) for text, p in zip(texts, encoded))
 
 
 SVAMP = {"question": "Ann has 3 pens and\nbuys 4. How many?", "answer_value": "7.0",

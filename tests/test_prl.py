@@ -282,7 +282,8 @@ def test_tokens_with_more_than_a_line_break():
 
 
 def test_the_built_in_problems_have_a_step_a_line():
-    tokenizer, args = prl.builtin_tokenizer(), flags(train_size=20, eval_size=5)
+    args = flags(train_size=20, eval_size=5)
+    tokenizer = prl.builtin_tokenizer(args)
     for problem in prl.load_problems(args)[0]:
         problem = prl.encode_record(problem, tokenizer, args)
         tokens = torch.tensor([problem["prompt"][-1:] + problem["response"]])
@@ -537,7 +538,7 @@ def test_bootstrap_intervals():
 
 def test_hard_problems_have_more_operations_and_are_shared_with_nothing():
     args = flags(train_size=400, eval_size=60)
-    hard, shown = prl.hard_problems(512, prl.builtin_tokenizer(), args)
+    hard, shown = prl.hard_problems(512, prl.builtin_tokenizer(args), args)
     operations = lambda problem: len(re.findall(r" [+-] ", problem["question"]))
     assert len(hard) == 60 and {operations(p) for p in hard + shown} == {7, 8}
     assert max(operations(p) for part in prl.load_problems(args) for p in part) == 6

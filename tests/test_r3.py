@@ -154,7 +154,7 @@ def test_lines_of_a_program_start_after_its_header():
 
 def test_builtin_problems_have_the_seam_of_their_demonstrations():
     for cot in ("text", "program"):
-        args, tokenizer = dataclasses.replace(ARGS, train_size=60, eval_size=10, cot=cot), r3.builtin_tokenizer()
+        args, tokenizer = dataclasses.replace(ARGS, train_size=60, eval_size=10, cot=cot), r3.builtin_tokenizer(ARGS)
         for problem in [r3.encode_record(r, tokenizer, args) for r in r3.load_problems(args)[0]]:
             for state in r3.start_states(problem, tokenizer, args):
                 assert state["given"] == problem["response"][:len(state["given"])]
@@ -162,9 +162,10 @@ def test_builtin_problems_have_the_seam_of_their_demonstrations():
 
 
 def test_builtin_demonstrations_change_their_style_line_by_line():
-    tokenizer, sizes = r3.builtin_tokenizer(), {"text": set(), "program": set()}
+    sizes = {"text": set(), "program": set()}
     for cot, problems in itertools.product(("text", "program"), ("numeric", "choice")):
         args = dataclasses.replace(ARGS, train_size=80, eval_size=10, cot=cot, problems=problems)
+        tokenizer = r3.builtin_tokenizer(args)
         train = r3.restyled([r3.encode_record(r, tokenizer, args) for r in r3.load_problems(args)[0]], tokenizer, args)
         texts = [tokenizer.decode(p["response"][:-1]) for p in train]
         answers = r3.read_answers(texts, train, args)
@@ -172,12 +173,16 @@ def test_builtin_demonstrations_change_their_style_line_by_line():
         for problem in train:
             assert problem["response"] == tokenizer.encode(tokenizer.decode(problem["response"][:-1])) + [tokenizer.eos_id]
             lines = problem["cot"].split("\n")[2 if cot == "program" else 0:]
+            if problems == "choice" and cot == "text":
+                assert " , ".join(lines).endswith(f"{problem['gold']} ) {re.findall('= (.*)', problem['cot'])[-1]}")
+                lines.pop()                                                              # the line of the options
             sizes[cot] |= {len(re.findall(" [+-] ", line)) for line in lines}
     assert sizes == {"text": {1, r3.HASTY}, "program": {0, 1}}                           # x = 12: several operations at once
 
 
 def test_builtin_rollouts_start_from_problems_as_long_as_the_test():
-    args, tokenizer = dataclasses.replace(ARGS, train_size=200, eval_size=20, operations_low=5, operations_high=8), r3.builtin_tokenizer()
+    args = dataclasses.replace(ARGS, train_size=200, eval_size=20, operations_low=5, operations_high=8)
+    tokenizer = r3.builtin_tokenizer(args)
     train, _, test = [[r3.encode_record(r, tokenizer, args) for r in split] for split in r3.load_problems(args)]
     starts = r3.all_starts(train, tiny(), tokenizer, dataclasses.replace(args, max_new_tokens=1))
     operations = lambda problem: problem["question"].count(" + ") + problem["question"].count(" - ")
@@ -315,7 +320,8 @@ def test_rl_from_the_question_is_reft_bit_for_bit(kl, tmp_path, monkeypatch):
 
 
 def test_the_demonstration_does_not_touch_rl_from_the_question():
-    tokenizer, args = r3.builtin_tokenizer(), dataclasses.replace(ARGS, **(SMALL | {"method": "rl"}))
+    args = dataclasses.replace(ARGS, **(SMALL | {"method": "rl"}))
+    tokenizer = r3.builtin_tokenizer(args)
     policy, _ = r3.initial_policy(args)
     policy.add_value_head()
     records, found = r3.load_problems(args)[0], []

@@ -447,7 +447,7 @@ def test_stage_is_a_function_of_the_iteration():
 # ---- the warm-up -------------------------------------------------------------------------------------------------------------
 
 def builtin_rows(n):
-    tokenizer = score.builtin_tokenizer()
+    tokenizer = score.builtin_tokenizer(score.Args())
     train = [score.encode_record(r, tokenizer, ARGS) for r in score.load_problems(flags(train_size=n, eval_size=10))[0]]
     return train, score.warmup_rows(train, tokenizer, ARGS), tokenizer
 
