@@ -92,7 +92,7 @@ class Args:
     split: str = "auto"              # cut demonstrations at lines | uniform: into M equal parts | auto: lines if there are two
     stage_weights: str = ""          # how often r3's mixture holds k = 0, 1, ...: "2,1,1,1,0"; empty: each once, as authors' data
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
+    iterations: int = 80             # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
     batch_size: int = 256            # start states an iteration; authors' code: 32
     minibatch_size: int = 256        # rows an optimiser step; authors' code: the whole batch
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
@@ -322,25 +322,23 @@ def reward(answers, problems, args):
 
 # ---- start states ------------------------------------------------------------------------------------------------------------
 
-HASTY = 7                            # so many operations a hasty line does at once, where as many are left
+HASTY = 4                            # so many operations a hasty line does at once, where as many are left
 
 
 def restyled(problems, tokenizer, args):
-    """Built-in problems with other right demonstrations, whose annotators choose their style anew on each line: of HASTY or more
-    operations that are left they do one (55 %), or HASTY at once, which is hard to do in one's head. A long chain holds many
-    such chances to go wrong, so sampling rarely succeeds from the question alone; near the end none is left."""
+    """Built-in problems with other right demonstrations, whose annotators choose their style anew on each line: where HASTY or more
+    operations are left they do one (45 %), or write down what the next HASTY give, which is hard to do in one's head. A long
+    chain holds many such chances to go wrong, so sampling rarely succeeds from the question alone; near the end few are left."""
     rng, found = random.Random(5), []
     for problem in problems:
         first, chain = re.match(r"What is (\d+)", problem["question"])[1], re.findall(r" [+-] \d+", problem["question"])
         total, done, lines = int(first), 0, []
         while done < len(chain):
-            count = HASTY if len(chain) - done >= HASTY and rng.random() > 0.55 else 1
+            count = HASTY if len(chain) - done >= HASTY and rng.random() > 0.45 else 1
             before, part, done = total, chain[done:done + count], done + count
             total += sum(int(step.replace(" ", "")) for step in part)
-            step = f"{before}{''.join(part)} = {total}"
-            if args.cot == "program":
-                step = f"x = {total}" if count > 1 else f"x = {'x' if lines else first}{part[0]}"
-            lines.append(step)
+            careful = f"{before}{part[0]} = {total}" if args.cot == "text" else f"x = {'x' if lines else first}{part[0]}"
+            lines.append(careful if count == 1 else f"x = {total}")
         if args.cot == "program" or args.problems == "choice":       # the line of the return, or of the options, stays
             lines.append(problem["cot"].split("\n")[-1].strip())
         cot = "\n".join(lines)
