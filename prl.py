@@ -1014,8 +1014,9 @@ def plot(args):
     """curves.png: every number of log.jsonl over the iterations."""
     log = [json.loads(line) for line in open(Path(args.out) / "log.jsonl")]
     log = [record for record in log if record["event"] == "iteration"]
-    panels = [["accuracy", "dev_accuracy"], ["outcome"], ["kl", "kl_k1"], ["response_length"], ["truncated", "unparsed"],
-              ["policy_loss"], ["value_loss"], ["loss"], ["entropy"], ["explained_variance"], ["clip_frac"], ["grad_norm"]]
+    panels = [["accuracy", "dev_accuracy", "contradictions"], ["outcome"], ["kl", "kl_k1"], ["response_length"],
+              ["truncated", "unparsed"], ["policy_loss"], ["value_loss"], ["loss"], ["entropy"], ["explained_variance"],
+              ["clip_frac"], ["grad_norm"]]
     panels = [[k for k in keys if any(k in r for r in log)] for keys in panels]
     panels = [keys for keys in panels if keys]
     figure = Figure(figsize=(14, 2.6 * math.ceil(len(panels) / 4)), layout="constrained")
@@ -1053,8 +1054,8 @@ def prepare(args):
                              f"the model's context holds {policy.config.max_len}")
     longer = sum(len(problem["response"]) - len(problem["given"]) > args.max_new_tokens for problem in splits[0])
     if longer:
-        print(f"warning: {longer} of {len(splits[0])} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
-              "responses as long will be cut off", file=sys.stderr)
+        tqdm.write(f"warning: {longer} of {len(splits[0])} demonstrations are longer than --max-new-tokens "
+                   f"{args.max_new_tokens}; responses as long will be cut off")
     return policy, tokenizer, *splits
 
 

@@ -326,9 +326,9 @@ HASTY = 4                            # so many operations a hasty line does at o
 
 
 def restyled(problems, tokenizer, args):
-    """Built-in problems with other right demonstrations, whose annotators choose their style anew on each line: where HASTY or more
-    operations are left they do one (45 %), or write down what the next HASTY give, which is hard to do in one's head. A long
-    chain holds many such chances to go wrong, so sampling rarely succeeds from the question alone; near the end few are left."""
+    """Built-in problems with other right demonstrations, whose annotators choose their style anew on each line: while HASTY are
+    left they do one operation (45 %), or write down what the next HASTY give, which is hard to do in one's head. A long chain
+    holds many such chances to go wrong, so sampling rarely succeeds from the question alone; near the end few are left."""
     rng, found = random.Random(5), []
     for problem in problems:
         first, chain = re.match(r"What is (\d+)", problem["question"])[1], re.findall(r" [+-] \d+", problem["question"])
@@ -808,6 +808,8 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
            "no_signal": float(outcomes.min() == outcomes.max()), "response_length": response_mask.sum(1).float().mean(),
            "kl": scores["kl"].sum(1).mean(), "kl_k1": kl_k1.sum(1).mean(),               # sums over a response
            "entropy": masked_mean(scores["entropy"], response_mask), "explained_variance": explained}
+    if args.cot == "text" and isinstance(problems[0]["gold"], str):                      # right letters after wrong chains
+        log["contradictions"] = sum(contradicts(t, p) for t, p, o in zip(texts, problems, outcomes) if o == 1) / len(texts)
     return data, {k: float(v) for k, v in log.items()} | {"tokens": int(response_mask.sum()), "sample": texts[0]}
 
 
@@ -1035,8 +1037,9 @@ def plot(args):
     """curves.png: every number of log.jsonl over the iterations."""
     log = [json.loads(line) for line in open(Path(args.out) / "log.jsonl")]
     log = [record for record in log if record["event"] == "iteration"]
-    panels = [["accuracy", "dev_accuracy"], ["outcome"], ["kl", "kl_k1"], ["response_length"], ["truncated", "unparsed"],
-              ["policy_loss"], ["value_loss"], ["loss"], ["entropy"], ["explained_variance"], ["clip_frac"], ["grad_norm"]]
+    panels = [["accuracy", "dev_accuracy", "contradictions"], ["outcome"], ["kl", "kl_k1"], ["response_length"],
+              ["truncated", "unparsed"], ["policy_loss"], ["value_loss"], ["loss"], ["entropy"], ["explained_variance"],
+              ["clip_frac"], ["grad_norm"]]
     panels = [[k for k in keys if any(k in r for r in log)] for keys in panels]
     panels = [keys for keys in panels if keys]
     figure = Figure(figsize=(14, 2.6 * math.ceil(len(panels) / 4)), layout="constrained")
@@ -1074,8 +1077,8 @@ def prepare(args):
                              f"the model's context holds {policy.config.max_len}")
     longer = sum(len(problem["response"]) - len(problem["given"]) > args.max_new_tokens for problem in splits[0])
     if longer:
-        print(f"warning: {longer} of {len(splits[0])} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
-              "responses as long will be cut off", file=sys.stderr)
+        tqdm.write(f"warning: {longer} of {len(splits[0])} demonstrations are longer than --max-new-tokens "
+                   f"{args.max_new_tokens}; responses as long will be cut off")
     return policy, tokenizer, *splits
 
 

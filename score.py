@@ -103,7 +103,7 @@ class Args:
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
     beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
     gamma: float = 0.0               # share of R2 that y1 gets in stage II; paper: 0 (0.8 with alpha 1 collapsed)
-    turn2_weight: float = 1.0        # factor on y2's advantages in stage II; with no-shaping, 11 is like alpha = 10 in expectation
+    turn2_weight: float = 1.0        # factor on y2's advantages in stage II; with no-shaping, 11 is like alpha = 10 on average
     kl_mode: str = "loss"            # loss: exact KL in the loss | reward: sampled log-ratio in the reward; not disclosed
     norm_std: str = "none"           # advantages are divided by nothing | the std of the turn's returns | of both turns': joint
     offline_fraction: float = 0.0    # q, share of first attempts in stage II that the base writes; paper: in "some experiments"
@@ -1292,8 +1292,9 @@ def plot(args):
     """curves.png: every number of log.jsonl over the iterations."""
     log = [json.loads(line) for line in open(Path(args.out) / "log.jsonl")]
     log = [record for record in log if record["event"] == "iteration"]
-    panels = [["accuracy", "dev_accuracy"], ["outcome"], ["kl", "kl_k1"], ["response_length"], ["truncated", "unparsed"],
-              ["policy_loss"], ["value_loss"], ["loss"], ["entropy"], ["explained_variance"], ["clip_frac"], ["grad_norm"]]
+    panels = [["accuracy", "dev_accuracy", "contradictions"], ["outcome"], ["kl", "kl_k1"], ["response_length"],
+              ["truncated", "unparsed"], ["policy_loss"], ["value_loss"], ["loss"], ["entropy"], ["explained_variance"],
+              ["clip_frac"], ["grad_norm"]]
     panels = [[k for k in keys if any(k in r for r in log)] for keys in panels]
     panels = [keys for keys in panels if keys]
     figure = Figure(figsize=(14, 2.6 * math.ceil(len(panels) / 4)), layout="constrained")
@@ -1331,8 +1332,8 @@ def prepare(args):
                              f"the model's context holds {policy.config.max_len}")
     longer = sum(len(problem["response"]) - len(problem["given"]) > args.max_new_tokens for problem in splits[0])
     if longer:
-        print(f"warning: {longer} of {len(splits[0])} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
-              "responses as long will be cut off", file=sys.stderr)
+        tqdm.write(f"warning: {longer} of {len(splits[0])} demonstrations are longer than --max-new-tokens "
+                   f"{args.max_new_tokens}; responses as long will be cut off")
     return policy, tokenizer, *splits
 
 
@@ -1353,7 +1354,7 @@ def check_turns(args):
     if args.task == "code" and not args.model:
         raise InputError("--task code needs --model: the small vocabulary made here knows the built-in problems only")
     if args.minibatch_size < args.batch_size * args.group_size:
-        raise InputError(f"--minibatch-size {args.minibatch_size}: must hold the whole rollout of --batch-size times --group-size "
+        raise InputError(f"--minibatch-size {args.minibatch_size}: must hold all of a rollout, --batch-size times --group-size "
                          f"{args.batch_size * args.group_size} rows, which is used once")
     if args.turn2_weight != 1 and args.kl_mode == "reward":
         raise InputError("--turn2-weight would weigh the KL too where it is part of the reward: --kl-mode loss")

@@ -62,12 +62,17 @@ def test_a_program_is_given_as_prefix_and_run_as_a_whole():
     close(outcomes, [1, 0.1, 0, 0])
 
 
-def test_choice_pays_nothing_for_a_wrong_letter_and_counts_contradictions():
+def test_choice_pays_nothing_for_a_wrong_letter_and_counts_contradictions(monkeypatch):
     args = dataclasses.replace(ARGS, problems="choice")
     problem = {"gold": "b", "question": "What is 3 + 4?\na ) 5 , b ) 7 , c ) 9 , d ) 1 , e ) 2"}
     texts = [f"3 + 4 = {n}{reft.ANSWER}{letter}" for n, letter in ((7, "b"), (9, "b"), (7, "c"), (9, "none"))]
     close(reft.reward(reft.read_answers(texts, [problem] * 4, args), [problem] * 4, args), [1, 1, 0, 0])
     assert [reft.contradicts(text, problem) for text in texts[:2]] == [False, True]
+    policy, ref = tiny(), tiny(seed=1)
+    for words, share in ((texts, 1 / 4), (texts[:1] * 4, 0), (texts[1:2] * 4, 1), (texts[3:] * 4, 0)):
+        monkeypatch.setattr(reft, "responses", lambda *_: words)
+        log = reft.rollout(policy, policy, ref, [problem | {"prompt": [5], "given": []}] * 4, Words(), TOY)[1]
+        assert log["contradictions"] == share                                           # of the rollouts that earn 1
 
 
 # ---- voting and reranking ----------------------------------------------------------------------------------------------------

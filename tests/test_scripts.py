@@ -1,5 +1,6 @@
 """The scripts as a user meets them: shared code identical, equation table tagged, imports few; runs, resumes, refusals."""
 import ast
+import dataclasses
 import functools
 import itertools
 import json
@@ -328,6 +329,16 @@ def test_warning_after_ten_iterations_without_signal(tmp_path, capsys):
         assert "nothing to learn from" not in capsys.readouterr().out
         reft.finish_iteration({"iteration": iteration, "no_signal": 1.0, "tokens": 5}, state, time.time() - 1, args)
     assert "nothing to learn from" in capsys.readouterr().out
+
+
+def test_demonstrations_longer_than_responses_are_counted_at_the_start(capsys):
+    import ppo_reft as reft
+    args = reft.Args(device="cpu", train_size=200, eval_size=5)
+    train = reft.prepare(args)[2]
+    assert "warning" not in capsys.readouterr().out
+    longer = sum(len(problem["response"]) > 30 for problem in train)
+    reft.prepare(dataclasses.replace(args, max_new_tokens=30))
+    assert 0 < longer < 200 and f"warning: {longer} of 200 demonstrations are longer than --max-new-tokens 30" in capsys.readouterr().out
 
 
 def test_truncated_share_is_red_above_a_fifth(capsys, monkeypatch):
