@@ -74,7 +74,7 @@ class Args:
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; empty: the built-in problems
     eval_data: str = ""              # test set in the same form; needed with --train-data
-    problems: str = "numeric"        # built-in problems: numeric | choice (five options, a letter; with --max-new-tokens 64)
+    problems: str = "numeric"        # built-in problems: numeric | choice (five options, the answer is a letter)
     cot: str = "text"                # rationales are text (N-CoT) | program (P-CoT: Python, run in a sandbox)
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same

@@ -4,8 +4,10 @@
                           [--plot-pass FILE.png]
 
 Runs whose folders are called the same but for "-s<seed>" form a row; each number is a mean over seeds with a 95 % interval
-(Student's t), in per cent; with --minus the differences to the runs NAME, seed by seed. --out keeps the summaries, one list, as the raw data behind the table; --plot draws dev accuracy over the
-iterations, the mean over seeds and the range; --plot-pass draws pass@k against k, before training and after it.
+(Student's t), in per cent; with --minus the differences to the runs NAME, seed by seed. --out keeps the summaries, one list, as
+the raw data behind the table; --plot draws dev accuracy over the iterations, the mean over seeds and the range; --plot-pass draws
+pass@k against k, before training and after it. `first_...` of a row is of the rollouts before any update, `last_...` the mean over
+the last five iterations.
 """
 import argparse
 import json
@@ -36,8 +38,11 @@ def read(path):
     curve = [(r["iteration"], r["dev_accuracy"]) for r in log if "dev_accuracy" in r]
     flags = {k: v for k, v in info["args"].items() if k not in ("out", "model")}
     total = {"total_tokens": log[-1]["total_tokens"]} if "total_tokens" in log[-1] else {}
-    first = next((r for r in log if r["event"] == "iteration" and "accuracy" in r), {})          # of samples, before any update
-    total |= {f"first_{k}": first[k] for k in ("accuracy", "stage_accuracy") if k in first}
+    sampled = [r for r in log if r["event"] == "iteration" and "accuracy" in r]
+    for k in ("accuracy", "contradictions", "stage_accuracy"):
+        total |= {f"first_{k}": r[k] for r in sampled[:1] if k in r}
+    for k in ("accuracy", "contradictions"):
+        total |= {f"last_{k}": statistics.mean(r[k] for r in sampled[-5:]) for r in sampled[:1] if k in r}
     return summary | {"run": path.parent.name, "args": flags, "commit": info["commit"], "torch": info["torch"], "dev": curve} | total
 
 
