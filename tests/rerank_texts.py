@@ -18,8 +18,8 @@ import ppo_reft as reft
 
 
 def main(run, out):
-    flags = json.loads((Path(run) / "args.json").read_text())["args"]
-    args = reft.Args(**flags | {"model": f"{run}/model", "device": "cpu", "vote_k": 16, "rerank": True})
+    info = json.loads((Path(run) / "args.json").read_text())
+    args = reft.Args(**info["args"] | {"model": f"{run}/model", "device": "cpu", "vote_k": 16, "rerank": True})
     policy, tokenizer, train, _, test = reft.prepare(args)
     reranker, head = reft.train_reranker(policy, policy, train, tokenizer, args)
     rows = {"right samples": [], "different right texts": [], "different wrong texts": [], "right share of the texts": []}
@@ -40,7 +40,7 @@ def main(run, out):
     found |= {"reranked accuracy": statistics.mean(chosen), "pairs of right and wrong in order": round(statistics.mean(pairs), 3)}
     print(json.dumps(found, indent=1))
     if out:
-        Path(out).write_text(json.dumps({"seed": args.seed, "problems": len(chosen)} | found, indent=1) + "\n")
+        Path(out).write_text(json.dumps({"seed": args.seed, "problems": len(chosen)} | found | {"commit": info["commit"]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
