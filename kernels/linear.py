@@ -30,10 +30,12 @@ CHUNK = 2 ** 24                 # plain torch: logits alive
 
 def linear_reference(hidden, weight, targets, ref_hidden=None, ref_weight=None):
     """Plain torch, differentiable, all logits at once. `linear_stats` in the dtype of its arguments."""
-    if ref_hidden is None:
-        return *logprob_rows.logprobs_reference(F.linear(hidden, weight), targets), None
     z = F.linear(hidden, weight)
-    return *logprob_rows.logprobs_reference(z, targets), kl_rows.kl_reference(z, F.linear(ref_hidden, ref_weight))
+    if ref_hidden is None:
+        return *logprob_rows.logprobs_reference(z, targets), None, None
+    r = F.linear(ref_hidden, ref_weight)
+    ref_logprobs, _ = logprob_rows.logprobs_reference(r, targets)
+    return *logprob_rows.logprobs_reference(z, targets), kl_rows.kl_reference(z, r), ref_logprobs
 
 
 def linear_chunks(hidden, weight, targets, ref_hidden=None, ref_weight=None):
@@ -78,10 +80,10 @@ def join(stats):
 
 
 def forward(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-            dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden (N, D), weight (V, D), y (N,) to log-prob, entropy, stats (N, 2), kl, mean_d, ref_stats (N, 2).
+            dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hidden (N, D), weight (V, D), y (N,) to log-prob, entropy, stats (N, 2), kl, mean_d, ref_stats (N, 2), ref_logprob.
 
-    The operands of the products are rounded to `dtype`. Without a reference the last three are empty.
+    The operands of the products are rounded to `dtype`. Without a reference the last four are empty.
     """
     x, ref_x = hidden.to(dtype), None if ref_hidden is None else ref_hidden.to(dtype)
 
@@ -91,8 +93,8 @@ def forward(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None
         if ref_x is None:
             return logprob, entropy, stats
         r = logits(ref_x, c, ref_W)
-        ref_stats = logprob_rows.launch_forward(r, y_c)[2]
-        return logprob, entropy, stats, *kl_rows.launch_forward(z, r, stats, ref_stats), ref_stats
+        ref_logprob, _, ref_stats = logprob_rows.launch_forward(r, y_c)
+        return logprob, entropy, stats, *kl_rows.launch_forward(z, r, stats, ref_stats), ref_stats, ref_logprob
 
     slices = []
     for s in range(0, len(weight), WIDTH):
@@ -103,14 +105,15 @@ def forward(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None
     logprob, entropy, stats, *rest = (torch.stack(t, 1) for t in zip(*slices))          # (N, S), stats (N, S, 2)
     stats, logP = join(stats)
     P = logP.exp()
-    logprob = (logprob + logP).gather(1, (y // WIDTH).clamp(0, len(slices) - 1)[:, None])[:, 0]
-    entropy = (P * (entropy - logP)).sum(1)
+    chosen = (y // WIDTH).clamp(0, len(slices) - 1)[:, None]                                # the slice of each target
+    logprob, entropy = (logprob + logP).gather(1, chosen)[:, 0], (P * (entropy - logP)).sum(1)
     if ref_x is None:
-        return logprob, entropy, stats, *(x.new_empty(shape, dtype=torch.float32) for shape in ((0,), (0,), (0, 2)))
-    kl, mean_d, ref_stats = rest
+        return logprob, entropy, stats, *(x.new_empty(shape, dtype=torch.float32) for shape in ((0,), (0,), (0, 2), (0,)))
+    kl, mean_d, ref_stats, ref_logprob = rest
     ref_stats, logQ = join(ref_stats)
     kl = kl_rows.kl_sum(logP, logQ) + (P * kl).sum(1)
-    return logprob, entropy, stats, kl, (P * (mean_d + logP - logQ)).sum(1), ref_stats
+    ref_logprob = (ref_logprob + logQ).gather(1, chosen)[:, 0]
+    return logprob, entropy, stats, kl, (P * (mean_d + logP - logQ)).sum(1), ref_stats, ref_logprob
 
 
 def gradient(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
@@ -152,7 +155,7 @@ gradient_op = torch.library.custom_op("kernels::linear_gradient", gradient, muta
 @linear_op.register_fake
 def _(hidden, weight, y, ref_hidden, ref_weight, dtype):
     N, K = hidden.shape[0], 0 if ref_hidden is None else hidden.shape[0]
-    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 2), (K,), (K,), (K, 2)))
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 2), (K,), (K,), (K, 2), (K,)))
 
 
 @gradient_op.register_fake
@@ -161,9 +164,9 @@ def _(hidden, weight, *rest):
 
 
 def save(ctx, inputs, output):
-    _, entropy, stats, _, mean_d, ref_stats = output
+    _, entropy, stats, _, mean_d, ref_stats, ref_logprob = output
     ctx.save_for_backward(*inputs[:5], entropy, stats, mean_d, ref_stats)
-    ctx.mark_non_differentiable(stats, mean_d, ref_stats)
+    ctx.mark_non_differentiable(stats, mean_d, ref_stats, ref_logprob)
     ctx.dtype = inputs[5]
 
 
@@ -177,10 +180,10 @@ linear_op.register_autograd(backward, setup_context=save)
 
 
 def linear_stats(hidden, weight, targets, ref_hidden=None, ref_weight=None):
-    """Log-probability of each target, entropy, and KL(policy || reference) if there is one, sharing the products.
+    """Log-probability of each target, entropy, and with a reference KL(policy || reference) and its log-probability.
 
     hidden (..., D), weight (V, D), targets (...) int64; ref_hidden (..., D') and ref_weight (V, D') without gradient
-    -> logprobs (...), entropy (...), kl (...) or None, float32. Gradients to hidden and weight, in their dtypes.
+    -> logprobs, entropy, kl, ref_logprobs (...), float32; the last two None without one. Gradients to hidden, weight.
     Logits are float32; the products' operands are rounded to autocast's dtype, without autocast to that of hidden.
     A row costs 2VD operations, so pass those that matter: hidden[response_mask].
     """
@@ -198,8 +201,8 @@ def linear_stats(hidden, weight, targets, ref_hidden=None, ref_weight=None):
         return tuple(x if x is None else x.view(shape) for x in out)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if use_triton(hidden):
-        logprobs, entropy, _, kl, *_ = linear_op(hidden, weight, targets, ref_hidden, ref_weight, dtype)
-        return logprobs, entropy, kl if ref else None
+        logprobs, entropy, _, kl, _, _, ref_logprobs = linear_op(hidden, weight, targets, ref_hidden, ref_weight, dtype)
+        return logprobs, entropy, *((kl, ref_logprobs) if ref else (None, None))
     long = torch.promote_types(dtype, torch.float32)
     hidden, weight, *ref = (x.to(dtype).to(long) for x in (hidden, weight, *ref))
     with torch.autocast(device, enabled=False):
