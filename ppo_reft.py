@@ -355,9 +355,9 @@ def online_st_update(policy, batch, data, optimizer, args):
 def draw_samples(policy, problems, tokenizer, count, args):
     """`count` samples (ids, text, answer) of each problem at temperature 1, the same ones each time for one seed and policy."""
     torch.manual_seed(args.seed)
-    samples = []
-    for i in tqdm(range(0, len(problems), args.batch_size), "samples", disable=None, leave=False):
-        batch = problems[i:i + args.batch_size]
+    samples, size = [], max(1, args.minibatch_size // count)                             # problems a batch
+    for i in tqdm(range(0, len(problems), size), "samples", disable=None, leave=False):
+        batch = problems[i:i + size]
         data, texts, answers = respond(policy, batch, tokenizer, args, group_size=count)
         drawn = list(zip(response_ids(data), texts, answers))
         samples += [drawn[j:j + count] for j in range(0, len(drawn), count)]
@@ -369,8 +369,8 @@ def self_training_rows(policy, train, tokenizer, args):
     rows = []
     for problem, samples in zip(train, draw_samples(policy, train, tokenizer, args.samples, args)):
         right = {text: ids for ids, text, answer in samples if reward([answer], [problem], args) == 1}
-        right.pop(problem["cot"], None)
-        rows += [sft_row(problem | {"response": ids}) for ids in list(right.values())[:args.keep]]
+        new = [ids for ids in right.values() if ids != problem["response"]]
+        rows += [sft_row(problem | {"response": ids}) for ids in new[:args.keep]]
     return rows
 
 
