@@ -230,9 +230,9 @@ def test_policy_clip(monkeypatch, ratio, advantage, expected, moves):
 
 @pytest.mark.parametrize("target, expected, moves", [(1.0, 0.32, False), (0.0, 0.125, True)])
 def test_value_clip(monkeypatch, target, expected, moves):
-    loss, stats, _, grad = loss_of(monkeypatch, [[1]], rows([0]), values=rows([0.5]), returns=rows([target]))
+    loss, stats, _, grad = loss_of(monkeypatch, [[1]], rows([0]), values=rows([0.5]), returns=rows([target]), vf_coef=5.0)
     close(stats["value_loss"], expected)
-    close(loss, 5 * expected)                                                       # F9: alpha = 5
+    close(loss, 5 * expected)                                                       # F9: the paper's 5
     assert bool(grad.any()) == moves
 
 
