@@ -183,20 +183,22 @@ if __name__ == "__main__":
     def plain(z, y):
         return logprobs_reference(finite(z), y)
 
+    def trl(z, y):
+        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+        return selective_log_softmax(z[None], y[None])[0], entropy_from_logits(z[None])[0]      # it loops over the batch
+
+    def liger(z, y):
+        from liger_kernel.ops import LigerCrossEntropyFunction
+        return -LigerCrossEntropyFunction.apply(z, y, None, -100, 0.0, 0.0, "none")[0]
+
     def tables():
-        trl = bench.other("trl.trainer.utils", "selective_log_softmax_and_entropy")
-        liger = bench.other("liger_kernel.ops", "LigerCrossEntropyFunction")
-        calls = {"ours": token_logprobs, "torch": plain}
+        calls = {"ours": token_logprobs, "torch": plain, "TRL": trl, "Liger CE, no entropy": liger}
         if bench.CUDA:
-            calls["torch.compile"] = torch.compile(plain)
-        if bench.CUDA and trl:
-            calls["TRL"] = lambda z, y: [out[0] for out in trl(z[None], y[None])]
-        if bench.CUDA and liger:
-            calls["Liger CE, no entropy"] = lambda z, y: -liger.apply(z, y, None, -100, 0.0, 0.0, "none")[0]
+            calls["torch.compile"] = torch.compile(plain, dynamic=True)
         shapes = [(8192, 151936, torch.bfloat16), (8192, 151936, torch.float32), (8192, 50257, torch.bfloat16)]
         for N, V, dtype in shapes if bench.CUDA else [(64, 50257, torch.float32)]:
             z, y = bench.peaked(N, V, dtype), bench.tokens(N, V)
             GB = z.nbytes / 1e9
-            yield bench.table(f"token_logprobs N={N} V={V} {dtype}", calls, plain, [z], [y], "GB/s", (GB, 3 * GB))
+            yield f"token_logprobs N={N} V={V} {dtype}", calls, plain, [z], [y], "GB/s", (GB, 3 * GB)
 
     bench.main("logprob", tables)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels import kl, linear, linear_kl, linear_logprobs, linear_stats, logprob, token_kl, token_logprobs
+from kernels import bench, kl, linear, linear_kl, linear_logprobs, linear_stats, logprob, token_kl, token_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")     # numpy in the interpreter
 
@@ -545,11 +546,21 @@ def test_targets_out_of_range(monkeypatch):
 
 def test_references():
     """The plain torch that a reader compares the kernels with: its own gradients, and its values in float64."""
-    z, r, y = normal(3, 11).double().requires_grad_(), normal(3, 11, seed=1).double(), tokens(3, 11)
+    z, r, y = (x.cpu() for x in (normal(3, 11).double(), normal(3, 11, seed=1).double(), tokens(3, 11)))
+    z.requires_grad_()                          # float64 is for the references: the kernels take none
     assert torch.autograd.gradcheck(lambda z: logprob.logprobs_reference(z, y), z)
     assert torch.autograd.gradcheck(lambda z: kl.kl_reference(z, r), z)
     for ours, right in zip((*token_logprobs(z, y), kl.kl_reference(z, r)), truth(z, y, r)):
         assert error(ours, right) <= 1e-6
+
+
+@needs_triton
+def test_kernels_refuse_float64(monkeypatch):
+    monkeypatch.setattr(kernels, "PATH", "triton")
+    z, y = normal(3, 11).double(), tokens(3, 11)
+    for call in (lambda: token_logprobs(z, y), lambda: token_kl(z, z), lambda: linear_logprobs(z, z, y)):
+        with pytest.raises(TypeError, match="float32, bfloat16 or float16, not torch.float64"):
+            call()
 
 
 @needs_triton
@@ -628,14 +639,110 @@ def test_environment_variable():
     assert "this path needs triton" in missing[1]
 
 
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
 def test_benchmark(tmp_path):
     """A table on a CPU says so; its file holds machine, versions, command and every line."""
     if DEVICE == "cuda":
         pytest.skip("takes minutes on a GPU")
-    command = [sys.executable, "-m", "kernels.kl", "--out", str(tmp_path / "results" / "kernels.json")]
+    command = [sys.executable, "-m", "kernels.kl", "--out", str(tmp_path / "results" / "kernels.json"), "--seconds", "0"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "no GPU here" in run.stdout and not run.stderr, run.stderr
     found = json.loads((tmp_path / "results" / "kernels.json").read_text())["kl"]
     assert found["versions"]["torch"] == torch.__version__ and found["command"].startswith("python -m kernels.kl --out")
     ours = [line for line in found["lines"] if line["name"] == "ours"]
     assert len(ours) == 2 and all(line["both_ms"] > 0 and line["errors"][0] < 1e-6 for line in ours)
+    assert found["complete"] and list((tmp_path / "results").iterdir()) == [tmp_path / "results" / "kernels.json"]
+
+
+def toy_table(calls, seconds=0.0):
+    z, y = normal(4, 37), tokens(4, 37)
+    return bench.table("toy", calls, logprob.logprobs_reference, [z], [y], "GB/s", (1, 3), seconds)
+
+
+def test_a_rival_that_fails_is_a_line_with_its_reason(capsys):
+    """Missing, without a name, without an optional part, out of memory, in the backward only, in the middle of the
+    rounds: each costs its own line and no other's. What ours raises ends the run."""
+    def absent(z, y):
+        from no_such_library import logprobs
+        return logprobs(z, y)
+
+    def nameless(z, y):
+        from math import selective_log_softmax
+        return selective_log_softmax(z, y)
+
+    def fails(error):
+        def call(z, y):
+            raise error
+        return call
+
+    class Backward(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, z: z.sum(-1))
+
+        @staticmethod
+        def backward(ctx, g):
+            raise NotImplementedError("no gradient here")
+
+    seen = []
+
+    def late(z, y):
+        seen.append(z)
+        if len(seen) > 9:                       # six calls are not timed
+            raise RuntimeError("CUDA error")
+        return token_logprobs(z, y)
+
+    rivals = {"absent": absent, "nameless": nameless, "late": late, "backward": lambda z, y: Backward.apply(z),
+              "part": fails(ImportError("backend requires\nan optional part")),
+              "memory": fails(torch.OutOfMemoryError("Tried to allocate 2.00 GiB"))}
+    lines = {line["name"]: line for line in toy_table({**rivals, "ours": token_logprobs, "torch": truth})}
+    assert list(lines) == [*rivals, "ours", "torch"]                                    # the order of the calls
+    assert {name: line["failed"].split(" from")[0] for name, line in lines.items() if "failed" in line} == {
+        "absent": "ModuleNotFoundError: No module named 'no_such_library'",
+        "nameless": "ImportError: cannot import name 'selective_log_softmax'",
+        "late": "RuntimeError: CUDA error", "backward": "NotImplementedError: no gradient here",
+        "part": "ImportError: backend requires an optional part",
+        "memory": "OutOfMemoryError: Tried to allocate 2.00 GiB"}
+    assert all(lines[name]["both_ms"] > 0 and lines[name]["errors"][0] < 1e-5 for name in ("ours", "torch"))
+    shown = capsys.readouterr().out
+    assert all(line["failed"][:60] in shown for line in lines.values() if "failed" in line)
+    with pytest.raises(ZeroDivisionError):
+        toy_table({"ours": lambda z, y: 1 / 0, "torch": truth})
+
+
+def test_slow_rivals_take_fewer_rounds():
+    def slow(z, y):
+        time.sleep(0.01)
+        return truth(z, y)
+
+    lines = toy_table({"ours": token_logprobs, "slow": slow}, seconds=1)
+    assert lines[0]["rounds"] == bench.ROUNDS > lines[1]["rounds"] >= bench.LEAST
+
+
+KILLED = """
+import time, torch
+from kernels import bench, token_logprobs
+from kernels.logprob import logprobs_reference
+
+def tables():
+    z, y = bench.normal(4, 37), bench.tokens(4, 37)
+    yield "first", {"ours": token_logprobs}, logprobs_reference, [z], [y], "GB/s", (1, 3)
+    yield "second", {"ours": lambda z, y: time.sleep(600)}, logprobs_reference, [z], [y], "GB/s", (1, 3)
+
+bench.main("toy", tables)
+"""
+
+
+def test_a_run_that_is_killed_keeps_its_tables(tmp_path):
+    """The first table is in the file while the second runs, beside what other kernels left there."""
+    out = tmp_path / "kernels.json"
+    out.write_text(json.dumps({"kl": {"lines": []}}))
+    run = subprocess.Popen([sys.executable, "-c", KILLED, "--out", str(out), "--seconds", "0"], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE)
+    while "second" not in run.stdout.readline():
+        assert run.poll() is None
+    run.kill()
+    run.communicate()
+    found = json.loads(out.read_text())
+    assert found["kl"] == {"lines": []} and not found["toy"]["complete"]
+    assert [line["table"] for line in found["toy"]["lines"]] == ["first"]
