@@ -5,6 +5,10 @@
 
 One read of the logits forward, one read and one write backward, and three numbers a row kept in between; torch's
 log_softmax, exp, product and sum move a row at least eight times forward and keep two more copies of it.
+
+Everywhere in kernels/ a logit of -inf, a word that cannot be said, stands for -1e30: it has probability 0 beside any
+other and gets no gradient. A row of nothing else is uniform, log-prob -log V and entropy log V, with gradient 0: so a
+masked row gives no NaN. A NaN or a +inf makes its row NaN.
 """
 
 import torch
@@ -64,6 +68,7 @@ def forward_kernel(
     scale = tl.exp2(shift)
     S = tl.sum(scale * s, 0)
     U = tl.sum(scale * (u + shift * s), 0)
+    S = tl.minimum(S, V.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)     # if all are FLOOR: lanes beyond V counted
     log2S = tl.log2(S)
     y = tl.load(y_ptr + row)
     z_y = tl.load(z_ptr + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)   # no such token: NaN
@@ -72,6 +77,16 @@ def forward_kernel(
     tl.store(entropy_ptr + row, (log2S - U / S) * LN2)
     tl.store(stats_ptr + 2 * row, M)                        # two numbers: their sum would round a large offset away
     tl.store(stats_ptr + 2 * row + 1, log2S)
+
+
+@triton.jit
+def load_gradients(z_ptr, y_ptr, entropy_ptr, g_logprob_ptr, g_entropy_ptr, row, M, V):
+    """Target, entropy and upstream gradients of a row; no target if its logit is -inf, no gradients if all are."""
+    y = tl.load(y_ptr + row)
+    z_y = tl.load(z_ptr + y, mask=(y >= 0) & (y < V), other=FLOOR).to(tl.float32)
+    g_logprob = tl.where(M == FLOOR, 0.0, tl.load(g_logprob_ptr + row))
+    g_entropy = tl.where(M == FLOOR, 0.0, tl.load(g_entropy_ptr + row))
+    return tl.where(z_y > FLOOR, y, -1), tl.load(entropy_ptr + row), g_logprob, g_entropy
 
 
 @triton.jit
@@ -89,12 +104,9 @@ def backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     dz_ptr += row * V
-    y = tl.load(y_ptr + row)
     M = tl.load(stats_ptr + 2 * row)
     log2S = tl.load(stats_ptr + 2 * row + 1)
-    H = tl.load(entropy_ptr + row)
-    g_logprob = tl.load(g_logprob_ptr + row)
-    g_entropy = tl.load(g_entropy_ptr + row)
+    y, H, g_logprob, g_entropy = load_gradients(z_ptr, y_ptr, entropy_ptr, g_logprob_ptr, g_entropy_ptr, row, M, V)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + v, mask=v < V, other=FLOOR).to(tl.float32)

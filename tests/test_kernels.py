@@ -207,13 +207,46 @@ def test_masked_vocabulary(path):
     assert (dz[:, 30:36] == 0).all()
 
     (logprobs, _), (dz,) = run(token_logprobs, [z], torch.full_like(y, 33), g=g)        # at the target
-    assert (logprobs <= -1e29).all() and not dz.isnan().any()
+    assert (logprobs <= -1e29).all()
+    _, (exact_dz,) = run(lambda z: (-z.logsumexp(-1), truth(z, kept_y)[1]), [z[:, keep].double()], g=g.double())
+    assert error(dz[:, keep], exact_dz) <= 2e-6 and (dz[:, 30:36] == 0).all()
     r[:, 5] = inf                                                               # in the reference only
     (kl,), (dz,) = run(token_kl, [z], r, g=torch.ones(1, 3, device=DEVICE))
     assert (kl > 1e20).all() and not dz.isnan().any()
     z[:, 5], z[:, 6], r[:, 5] = inf, inf, 0.0                                   # in the policy only
     (kl,), (dz,) = run(token_kl, [z], r, g=torch.ones(1, 3, device=DEVICE))
     assert kl.isfinite().all() and (kl > 0).all() and dz.isfinite().all()
+
+
+@pytest.mark.parametrize("V", [5, 37, 4096, 5003])
+@pytest.mark.parametrize("who", ["policy", "reference", "both"])
+def test_nothing_can_be_said(path, who, V):
+    """A row of -inf is uniform and has no gradient, on both paths, however many lanes of a block lie beyond V."""
+    z, r, y, g = normal(3, V), normal(3, V, seed=1), tokens(3, V), normal(3, 3, seed=3)
+    dead = [x for name, x in (("policy", z), ("reference", r)) if who in (name, "both")]
+    for x in dead:
+        x[1] = 0
+    exact, (exact_dz,) = run(lambda z: truth(z, y, r.double()), doubles(z), g=g.double())
+    for x in dead:
+        x[1] = -torch.inf
+    out, (dz,) = run(lambda z: (*token_logprobs(z, y), token_kl(z, r)), [z], g=g)
+    assert all(error(ours, right) <= 5e-6 for ours, right in zip(out, exact))
+    assert (out[2][1] == 0) == (who == "both")
+    if who != "reference":
+        assert (dz[1] == 0).all()
+        dz, exact_dz = dz[::2], exact_dz[::2]
+    assert error(dz, exact_dz) <= 2e-6
+
+
+def test_one_word_can_be_said(path):
+    z, r, y, g = torch.full((1, 37), -torch.inf, device=DEVICE), normal(1, 37), tokens(1, 37), normal(3, 1, seed=3)
+    z[0, y[0]] = -3.0
+    (logprobs, entropy, kl), (dz,) = run(lambda z: (*token_logprobs(z, y), token_kl(z, r)), [z], g=g)
+    assert logprobs == entropy == 0 and (dz == 0).all()
+    assert error(kl, -truth(r.double(), y)[0]) <= 2e-6
+    for bad in torch.nan, torch.inf:                        # and this is not a row of nothing
+        z[0, y[0]] = bad
+        assert all(out.isnan() for out in (*token_logprobs(z, y), token_kl(z, r), token_kl(r, z)))
 
 
 def test_padding_under_where(path):
@@ -338,14 +371,23 @@ def test_linear_masked_vocabulary(monkeypatch):
     z[:, 16:32] = -torch.inf
     r[0, 16:32] = -torch.inf
     y = torch.where(y // 16 == 1, 0, y)
-    monkeypatch.setattr(linear, "logits", lambda x, start, weight: x[:, weight[:, 0].long()])       # a head of columns
-    column = torch.arange(37.0, device=DEVICE)[:, None]
-    logprobs, entropy, stats, kl, mean_d, _ = linear.forward(z, column, y, r, column, torch.float32)
+    monkeypatch.setattr(linear, "logits", lambda x, start, weight: x[:, weight.argmax(1)])
+    head = torch.eye(37, device=DEVICE)                     # hidden states are logits
+    logprobs, entropy, stats, kl, mean_d, _ = linear.forward(z, head, y, r, head, torch.float32)
     keep = [*range(16), *range(32, 37)]
     exact = truth(z[:, keep].double(), torch.where(y >= 32, y - 16, y), r[:, keep].double())
     assert error(logprobs, exact[0]) <= 2e-6 and error(entropy, exact[1]) <= 2e-6
     assert abs(kl[0] - exact[2][0]) <= 1e-5
     assert kl.isfinite().all() and mean_d.isfinite().all() and stats.isfinite().all()
+
+    z[1] = r[1] = z[2] = -torch.inf                         # nothing at all: uniform over all slices, no gradient
+    logprobs, entropy, *more = linear.forward(z, head, y, r, head, torch.float32)
+    exact = truth(torch.zeros(3, 37), y.cpu(), r.double().cpu())
+    assert all(error(ours[1:].cpu(), right[1:]) <= 2e-6 for ours, right in zip((logprobs, entropy), exact))
+    stats, kl, mean_d, ref_stats = more
+    assert kl[1] == 0 and abs(kl[2] - exact[2][2]) <= 2e-6
+    dx, _ = linear.gradient(z, head, y, r, head, entropy, stats, mean_d, ref_stats, *normal(3, 3), torch.float32, True)
+    assert dx[0].any() and (dx[1:] == 0).all()
 
 
 def test_linear_accumulates_in_float32(path, monkeypatch):
