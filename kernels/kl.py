@@ -33,9 +33,13 @@ def kl_sum(logp, logq):
 
 def kl_reference(z, r):
     """Plain torch, differentiable in z: finite logits (..., V) of both to kl (...)."""
-    logp, logq = z.log_softmax(-1), r.log_softmax(-1)
+    return kl_of_logs(z.log_softmax(-1), r.log_softmax(-1))
+
+
+def kl_of_logs(logp, logq):
+    """The same from log p and log q, differentiable in log p."""
     with torch.no_grad():
-        kl = kl_sum(*(x.reshape(-1, x.shape[-1]) for x in (logp, logq))).view(z.shape[:-1])
+        kl = kl_sum(*(x.reshape(-1, x.shape[-1]) for x in (logp, logq))).view(logp.shape[:-1])
         pd = logp.exp() * (logp - logq)
     gradient = (pd * logp).sum(-1)                          # its gradient is p (d - mean_d), its value is not wanted
     return kl + (gradient - gradient.detach())

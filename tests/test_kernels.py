@@ -83,14 +83,17 @@ def truth(z, y, r=None):
 
 
 def linear_truth(x, W, y, ref_x=None, ref_W=None):
-    return truth(x @ W.T, y, None if ref_x is None else ref_x @ ref_W.T)
+    if ref_x is None:
+        return truth(x @ W.T, y)
+    r = ref_x @ ref_W.T
+    return *truth(x @ W.T, y, r), truth(r, y)[0]
 
 
 def run(function, trained, *fixed, g):
     """Values of a function, and the gradients to `trained` for upstream gradients g, one row for each output."""
     trained = [x.detach().clone().requires_grad_() for x in trained]
     out = function(*trained, *fixed)
-    out = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if o is not None]
+    out = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if o is not None]      # gradients of len(g) of them
     return [o.detach() for o in out], torch.autograd.grad(sum((o * i).sum() for o, i in zip(out, g)), trained)
 
 
@@ -336,7 +339,7 @@ def test_linear(path, N, V, D, tile, monkeypatch):
         out, grads = run(linear_stats, [x, W], y, *more, g=g)
         exact, exact_grads = run(linear_truth, doubles(x, W), y, *doubles(*more), g=g.double())
         plain, _ = run(linear_truth, [x, W], y, *more, g=g)
-        assert len(out) == len(exact)
+        assert len(out) == len(exact) == (4 if more else 2)
         for ours, theirs, right in zip(out, plain, exact):
             assert ours.dtype == torch.float32 and ours.shape == (N,)
             assert error(ours, right) <= max(5e-6, 3 * error(theirs, right))
@@ -347,7 +350,12 @@ def test_linear(path, N, V, D, tile, monkeypatch):
         _, (dW,) = run(lambda W: linear_stats(x, W, y, *more), [W], g=g)              # frozen trunk
         assert torch.equal(dW, grads[1])
     if N:
-        assert torch.equal(linear_logprobs(x, W, y)[0], out[0]) and torch.equal(linear_kl(x, W, ref_x, ref_W), out[2])
+        logprobs, entropy, kl, ref_logprobs = linear_stats(x.requires_grad_(), W, y, ref_x, ref_W)
+        assert torch.equal(linear_kl(x, W, ref_x, ref_W), kl) and kl.requires_grad and not ref_logprobs.requires_grad
+        apart = *linear_logprobs(x, W, y), linear_logprobs(ref_x, ref_W, y)[0]
+        together = logprobs, entropy, ref_logprobs
+        assert all(torch.equal(a, b) if path == "triton" else error(a, b.double()) <= 1e-6 for a, b in zip(apart, together))
+        assert linear_stats(x, W, y)[2:] == (None, None)
 
 
 @pytest.mark.parametrize("distance", [0.05, 0.005, 0.0])
@@ -373,19 +381,20 @@ def test_linear_masked_vocabulary(monkeypatch):
     y = torch.where(y // 16 == 1, 0, y)
     monkeypatch.setattr(linear, "logits", lambda x, start, weight: x[:, weight.argmax(1)])
     head = torch.eye(37, device=DEVICE)                     # hidden states are logits
-    logprobs, entropy, stats, kl, mean_d, _ = linear.forward(z, head, y, r, head, torch.float32)
+    logprobs, entropy, stats, kl, mean_d, ref_logprobs, _ = linear.forward(z, head, y, r, head, torch.float32)
     keep = [*range(16), *range(32, 37)]
     exact = truth(z[:, keep].double(), torch.where(y >= 32, y - 16, y), r[:, keep].double())
     assert error(logprobs, exact[0]) <= 2e-6 and error(entropy, exact[1]) <= 2e-6
-    assert abs(kl[0] - exact[2][0]) <= 1e-5
+    ref_exact = truth(r[:1, keep].double(), torch.where(y >= 32, y - 16, y)[:1])[0]
+    assert abs(kl[0] - exact[2][0]) <= 1e-5 and error(ref_logprobs[:1], ref_exact) <= 2e-6
     assert kl.isfinite().all() and mean_d.isfinite().all() and stats.isfinite().all()
 
     z[1] = r[1] = z[2] = -torch.inf                         # nothing at all: uniform over all slices, no gradient
     logprobs, entropy, *more = linear.forward(z, head, y, r, head, torch.float32)
     exact = truth(torch.zeros(3, 37), y.cpu(), r.double().cpu())
     assert all(error(ours[1:].cpu(), right[1:]) <= 2e-6 for ours, right in zip((logprobs, entropy), exact))
-    stats, kl, mean_d, ref_stats = more
-    assert kl[1] == 0 and abs(kl[2] - exact[2][2]) <= 2e-6
+    stats, kl, mean_d, ref_logprobs, ref_stats = more
+    assert kl[1] == 0 and ref_logprobs[1] == logprobs[1] and abs(kl[2] - exact[2][2]) <= 2e-6
     dx, _ = linear.gradient(z, head, y, r, head, entropy, stats, mean_d, ref_stats, *normal(3, 3), torch.float32, True)
     assert dx[0].any() and (dx[1:] == 0).all()
 
@@ -479,7 +488,7 @@ def test_peak_memory_of_the_head(monkeypatch, reference, weights):
     y, g = torch.zeros(N, dtype=torch.long, **meta), torch.empty(3, N, **meta)
     ref = (x, W) if reference else (None, None)
     with PeakMemory() as forward:
-        _, entropy, stats, _, mean_d, ref_stats = linear.forward(x, W, y, *ref, torch.bfloat16)
+        _, entropy, stats, _, mean_d, _, ref_stats = linear.forward(x, W, y, *ref, torch.bfloat16)
     with PeakMemory() as backward:
         dx, dW = linear.gradient(x, W, y, *ref, entropy, stats, mean_d, ref_stats, *g, torch.bfloat16, False)
     assert abs(sum(work) - (6 if reference else 4)) < 1e-9                   # 12NVD or 8NVD operations
@@ -499,7 +508,7 @@ def test_peak_memory_of_plain_torch(monkeypatch):
     x, W = (torch.empty(n, D, device="meta", requires_grad=True) for n in (N, V))
     y = torch.zeros(N, dtype=torch.long, device="meta")
     with PeakMemory() as memory:
-        logprobs, entropy, kl = linear.linear_chunks(x, W, y, x.detach(), W.detach())
+        logprobs, entropy, kl, _ = linear.linear_chunks(x, W, y, x.detach(), W.detach())
         (logprobs + entropy + kl).sum().backward()
     chunk = 4 * linear.CHUNK
     print(f"\npeak: {memory.peak / chunk:.1f} chunks of logits")
@@ -627,9 +636,9 @@ def test_compile_does_not_break_the_graph(path, tiny_tiles):
     """One graph, the same numbers, and a new number of rows compiles once more and then never again."""
 
     def loss(x, W, y, ref_x, r):
-        logprobs, entropy, kl = linear_stats(x, W, y, ref_x, W.detach())
+        logprobs, entropy, kl, ref_logprobs = linear_stats(x, W, y, ref_x, W.detach())
         rows = sum(token_logprobs(x @ W.T, y)) + token_kl(x @ W.T, r)
-        return (logprobs - 0.1 * entropy + kl + rows).sum()
+        return (logprobs * ref_logprobs - 0.1 * entropy + kl + rows).sum()
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
