@@ -1023,13 +1023,13 @@ def open_run(args):
             raise InputError(f"{out}: what --{name.replace('_', '-')} {getattr(args, name)} holds has changed since the run began")
     else:
         write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
         raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     return state
 
 

@@ -4,10 +4,14 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
+import os
 import random
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,9 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from processes import ROOT, SCRIPTS, Running
+from processes import NO_GPU, ROOT, SCRIPTS, Running
 
-DIFFERS = {"Args", "reward", "rollout", "loss_fn", "evaluate", "main"}        # the papers' differences, nothing else
+SHARED = "# ==== the same in all four scripts from here on"
+# above that line: the papers' differences and those of their tasks, nothing else
+DIFFERS = {"Args", "reward", "rollout", "loss_fn", "main", "attempt", "demonstration", "builtin_problem", "builtin_tokenizer",
+           "parse_record", "encode_problem", "read_answers"}
 
 TINY = ["--train-size", "64", "--warmup-epochs", "2", "--warmup-batch-size", "8", "--iterations", "3", "--batch-size", "8",
         "--minibatch-size", "8", "--micro-batch-size", "4", "--max-new-tokens", "12", "--eval-size", "8", "--eval-every", "3",
@@ -40,7 +47,7 @@ def read_log(out):
 
 
 def weights(out):
-    return torch.load(Path(out) / "state.pt", weights_only=True)["policy"]
+    return torch.load(Path(out) / "state.pt", weights_only=True)["weights"]["policy"]
 
 
 def assert_same_run(a, b):
@@ -57,11 +64,34 @@ def definitions(script):
     return {n.name: "\n".join(lines[n.lineno - 1:n.end_lineno]) for n in ast.parse("\n".join(lines)).body if hasattr(n, "name")}
 
 
+def test_the_scripts_end_with_the_same_text():
+    ends = {script: (ROOT / f"{script}.py").read_text().partition(SHARED) for script in SCRIPTS}
+    assert all(shared and "def main" not in end for _, shared, end in ends.values())
+    for script, (_, _, end) in ends.items():
+        for number, (here, there) in enumerate(zip(end.split("\n"), ends["ppo_reft"][2].split("\n"))):
+            assert here == there, f"{script}.py, line {number} after the ruler"
+        assert end == ends["ppo_reft"][2], script
+
+
 @pytest.mark.parametrize("a, b", list(itertools.combinations(SCRIPTS, 2)))
-def test_shared_code_is_identical(a, b):
+def test_what_has_one_name_is_one_text(a, b):
     a, b = definitions(a), definitions(b)
     for name in sorted((a.keys() & b.keys()) - DIFFERS):
         assert a[name] == b[name], name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_paper_comes_first(script):
+    """Order of the sections; the paper and its loop, every tagged equation but those of reports, within the first 320 lines."""
+    text = (ROOT / f"{script}.py").read_text()
+    rulers = re.findall(r"^# ==== (.*?) =+$", text, re.M)
+    kept = [ruler for ruler in rulers if ruler in ("the loop", "baselines", "the task: problems, prompts, answers")
+            or ruler.startswith(("the paper", SHARED[7:]))]
+    assert kept[0].startswith("the paper") and kept[-4:-1] == ["the loop", "baselines", "the task: problems, prompts, answers"]
+    lines = text.split("\n")
+    assert max(map(len, lines)) <= 132 and next(i for i, line in enumerate(lines) if line.startswith("def main")) < 320
+    baselines = next(i for i, line in enumerate(lines) if line.startswith("# ==== baselines"))
+    assert all(i < baselines for i, line in enumerate(lines) if re.search(r"  # (Eq\. 1|[FS][1-9])$", line))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -78,10 +108,12 @@ def test_equation_table(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_imports(script):
-    allowed = set(sys.stdlib_module_names) | {"torch", "model", "kernels", "tqdm", "matplotlib"}
-    for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
+    allowed = set(sys.stdlib_module_names) | {"torch", "model", "kernels", "tqdm", "filelock"}
+    late = allowed | {"matplotlib", "pydantic_monty", "rapidfuzz"}                   # only some runs need them
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert {name.split(".")[0] for name in names} <= allowed
+        assert {name.split(".")[0] for name in names} <= (allowed if node in tree.body else late)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -119,12 +151,12 @@ def test_a_run_writes_its_folder(script, method, folder):
     out = folder / f"{script}-{method}"
     printed = whole_run(script, method, out)
     written = {p.name for p in out.iterdir()} - {"stages.png", "passk.png", "turns.png"}   # pictures of r3, prl, score
-    assert written == {"args.json", "log.jsonl", "summary.json", "curves.png", "model", "warmup", "state.pt"}
+    assert written == {".lock", "args.json", "log.jsonl", "summary.json", "curves.png", "model", "warmup", "state.pt"}
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["script"], summary["method"], summary["seed"], summary["problems"]) == (script, method, 0, 8)
     assert 0 <= summary["before"]["accuracy"] <= 1 and 0 <= summary["after"]["accuracy"] <= 1 and summary["seconds"] > 0
     info = json.loads((out / "args.json").read_text())
-    assert info["args"]["method"] == method and {"torch", "python", "device", "commit"} <= info.keys()
+    assert info["args"]["method"] == method and {"torch", "python", "device", "commit", "clean", "inputs"} <= info.keys()
     log = read_log(out)
     assert [r["event"] for r in log] == ["warmup", "iteration", "iteration", "iteration", "end"]
     assert [r["iteration"] for r in log[1:-1]] == [1, 2, 3] and "dev_accuracy" in log[3]
@@ -153,7 +185,7 @@ def test_kill_and_resume_equals_an_unbroken_run(script, method, where, folder, t
     """kill -9, twice, then --resume: log and weights bit for bit as if nothing had happened."""
     whole_run(script, method, folder / f"{script}-{method}")
     out, rng = tmp_path / "killed", random.Random()
-    resume = lambda: ["--resume"] if (out / "args.json").exists() else []
+    resume = lambda: ["--resume"] if (out / "state.pt").exists() else []
     for attempt in range(2):
         running, began = start(script, out, "--method", method, *resume()), time.time()
         deadline = rng.uniform(0.05, 2.5) if where == "a random moment" else 60
@@ -195,6 +227,81 @@ def test_a_finished_run_can_be_resumed_and_a_used_folder_is_refused(folder, tmp_
     refuse(run("ppo_reft", tmp_path / "done"), "holds a run already")
     refuse(run("ppo_reft", tmp_path / "done", "--resume", "--lr", "0.5"), "--lr was")
     refuse(run("ppo_reft", tmp_path / "none", "--resume"), "no run to resume")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_in_which_nothing_was_saved_is_free(tmp_path):
+    """A run that died before its first saved state blocks nothing; nor does its half-written args.json."""
+    (tmp_path / "run").mkdir()
+    for rest in "", '{"args":':
+        (tmp_path / "run" / "args.json").write_text(rest)
+        (tmp_path / "run" / "log.jsonl").write_text('{"event": "war')
+    assert run("ppo_reft", tmp_path / "run").returncode == 0
+    assert read_log(tmp_path / "run")[0]["event"] == "warmup"
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda out: cut_in_half(out / "state.pt"), ["state.pt"]),
+    (lambda out: (out / "state.pt").write_text(""), ["state.pt"]),
+    (lambda out: (out / "args.json").write_text(""), ["args.json"]),
+    (lambda out: (out / "args.json").write_text("[]"), ["args.json"]),
+    (lambda out: cut_in_half(out / "args.json"), ["args.json"]),
+    (lambda out: (out / "log.jsonl").unlink(), ["log.jsonl", "0 lines, 5"]),
+    (lambda out: cut_in_half(out / "log.jsonl"), ["log.jsonl", "5 when the run was saved"]),
+    (lambda out: shutil.rmtree(out / "warmup"), ["warmup"]),
+])
+def test_a_damaged_folder_is_refused_in_one_line(damage, words, folder, tmp_path):
+    whole_run("ppo_reft", "reft", folder / "ppo_reft-reft")
+    shutil.copytree(folder / "ppo_reft-reft", tmp_path / "run")
+    damage(tmp_path / "run")
+    refuse(run("ppo_reft", tmp_path / "run", "--resume"), *words)
+
+
+def test_one_process_a_folder(tmp_path):
+    first = start("ppo_reft", tmp_path / "run", "--train-size", "4000")
+    while not (tmp_path / "run" / "args.json").exists():
+        time.sleep(0.01)
+    for flags in ([], ["--resume"]):
+        refuse(run("ppo_reft", tmp_path / "run", "--train-size", "4000", *flags), "another process")
+    first.kill(signal.SIGKILL)
+    first.wait()
+    first = start("ppo_reft", tmp_path / "run", "--train-size", "4000")              # the lock died with its process
+    while not (tmp_path / "run" / "log.jsonl").exists() and not first.ended():
+        time.sleep(0.01)
+    assert not first.ended()
+    first.kill(signal.SIGTERM)
+    assert first.wait().returncode == 128 + signal.SIGTERM
+
+
+def test_the_command_to_go_on_can_be_pasted(tmp_path):
+    out = tmp_path / "my runs" / "it's one"
+    running = start("ppo_reft", out, "--train-size", "4000")
+    while not (out / "log.jsonl").exists():
+        time.sleep(0.01)
+    running.kill(signal.SIGINT)
+    words = shlex.split(running.wait().stderr.partition("go on with: ")[2])
+    assert words[0] == "python" and words[-1] == "--resume" and words[words.index("--out") + 1] == str(out)
+
+
+@pytest.mark.parametrize("which", ["train_data", "eval_data", "model"])
+def test_resume_with_other_inputs_is_refused(which, checkpoint, tmp_path):
+    flags = {"model": tmp_path / "model", "train_data": write(tmp_path / "train.jsonl", GSM), "eval_data": write(tmp_path / "test.jsonl", GSM[:9])}
+    shutil.copytree(checkpoint, tmp_path / "model")
+    whole = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)] + [
+        "--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4", "--eval-size", "4"]
+    result = run("ppo_reft", tmp_path / "run", *whole, tiny=False)
+    assert result.returncode == 0 and "warning: 9 questions" in result.stdout, result.stderr           # those of both files
+    assert run("ppo_reft", tmp_path / "run", *whole, "--resume", tiny=False).returncode == 0
+    if which == "model":
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 2e-5}))
+    else:
+        write(flags[which], GSM[1:])
+    refuse(run("ppo_reft", tmp_path / "run", *whole, "--resume", tiny=False), f"--{which.replace('_', '-')}", "has changed")
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------------
@@ -250,11 +357,38 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     (["--model", "no/such/folder"], ["no/such/folder"]),
     (["--train-data", "x"], ["--eval-data"]),
     (["--max-new-tokens", "5000"], ["context"]),
+    (["--n-embd", "10"], ["--n-embd 10 --n-head 2"]),                # heads of 5: RoPE turns pairs
+    (["--n-embd", "64", "--n-head", "3"], ["--n-head 3"]),
+    (["--n-head", "32"], ["--n-head 32"]),
+    (["--seed", "20250926113000"], ["--seed 20250926113000"]),
+    (["--seed", str(2 ** 70)], ["--seed"]),
+    (["--lr", "inf"], ["--lr inf"]),
+    (["--rerank"], ["--vote-k"]),
+    (["--operations-low", "1", "--operations-high", "1", "--eval-size", "300"], ["--operations-low", "found"]),
     (["--device", "cuda"], ["no GPU"]),
 ])
 def test_impossible_flags_are_refused_and_nothing_is_written(flags, words, tmp_path):
     refuse(run("ppo_reft", tmp_path / "run", *flags), *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "/dev/null/run"])
+def test_a_run_folder_that_cannot_be_made_is_refused(out, tmp_path):
+    (tmp_path / "file").write_text("")
+    refuse(run("ppo_reft", tmp_path / out), "--out")
+    assert (tmp_path / "file").read_text() == "" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("char, mark", [("\u2028", ""), ("\u2029", ""), ("\x85", ""), ("\x0c", ""), ("", "\ufeff")])
+def test_lines_end_at_line_feeds_alone(char, mark, tmp_path):
+    """JSON lines that hold Unicode's other line separators as such, or begin with a byte order mark."""
+    import ppo_reft as reft
+    records = [{"question": f"A{char}b?", "answer": f"{i}\n#### {i}"} for i in range(3)]
+    text = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records).replace("\\f", char)
+    (tmp_path / "data").write_text(mark + text.replace("\x0c", "\\f"), encoding="utf-8", newline="")
+    assert [record["question"] for _, record in reft.read_records(tmp_path / "data")] == [f"A{char}b?"] * 3
+    (tmp_path / "list").write_text(mark + json.dumps(records), encoding="utf-8")
+    assert [record for _, record in reft.read_records(tmp_path / "list")] == records
 
 
 @pytest.mark.parametrize("text, words", [
@@ -301,11 +435,38 @@ def test_demonstrations_longer_than_responses_are_counted_at_the_start(capsys):
 def test_truncated_share_is_red_above_a_fifth(capsys, monkeypatch):
     import ppo_reft as reft
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False), monkeypatch.setenv("TERM", "xterm")
     record = {"iteration": 1, "truncated": 0.21, "tokens_per_second": 1.0}
     reft.show(record, {"seconds": 1.0}, reft.Args())
     reft.show(record | {"truncated": 0.19}, {"seconds": 1.0}, reft.Args())
     first, second = capsys.readouterr().out.splitlines()
     assert "\033[31mcut 0.21" in first and "\033[31m" not in second
+    for name, value in ("NO_COLOR", "1"), ("TERM", "dumb"):
+        with monkeypatch.context() as plain:
+            plain.setenv(name, value)
+            reft.show(record, {"seconds": 1.0}, reft.Args())
+            assert "cut 0.21" in (out := capsys.readouterr().out) and "\033[" not in out
+
+
+def test_the_log_keeps_small_numbers(tmp_path):
+    import ppo_reft as reft
+    reft.write_log({"lr": 3e-7, "kl": 1.23456789e-9, "long": 12.3456789, "none": math.nan}, {"log_lines": 0}, reft.Args(out=str(tmp_path)))
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"lr": 3e-7, "kl": 1.23457e-9, "long": 12.3457, "none": None}
+
+
+def test_screens_of_all_kinds(checkpoint, tmp_path):
+    """A screen that is not UTF-8, closed, or read by `head`, and a notebook's MPLBACKEND: the run goes on and ends well."""
+    records = [r | {"question": r["question"].replace("Ann has", "Ann~s tab:")} for r in GSM]
+    data = write(tmp_path / "data.jsonl", records)
+    flags = ["--model", checkpoint, "--train-data", data, "--eval-data", data, "--warmup-epochs", "1", "--iterations", "1", "--batch-size", "4",
+             "--minibatch-size", "4", "--max-new-tokens", "4", "--eval-size", "2", "--device", "cpu"]
+    command = lambda name: shlex.join(map(str, [sys.executable, ROOT / "ppo_reft.py", *flags, "--out", tmp_path / name]))
+    environment = os.environ | NO_GPU | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii"}
+    lines = [command("closed") + " >&- 2>&-", "set -o pipefail; " + command("piped") + " | head -n 1"]
+    running = [subprocess.Popen(["bash", "-c", line], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in lines]
+    for process, name in zip(running, ("closed", "piped")):
+        _, errors = process.communicate()
+        assert process.returncode == 0 and not errors and (tmp_path / name / "summary.json").exists(), (name, errors)
 
 
 def test_builtin_problems_are_fixed_right_and_the_splits_apart():
