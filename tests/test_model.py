@@ -397,7 +397,7 @@ def test_the_mask_marks_exactly_the_sampled_tokens(pad_id, device):
 
 
 @pytest.mark.parametrize("pad_id", [0, 1])
-@pytest.mark.parametrize("schedule", [(32, 0.5, 256), (4, 0.5, 16), (3, 0.25, 5), (1, 0, 1)])
+@pytest.mark.parametrize("schedule", [(32, 16, 256, None), (4, 2, 16, None), (3, 1, 5, None), (1, None, 1, None)])
 def test_when_rows_leave_changes_nothing(schedule, pad_id, monkeypatch):
     """CUDA's schedule, on which ended rows stay in the batch for a while, and others, against the CPU's."""
     gpt = small_gpt(pad_id=pad_id, tied_head=False)
