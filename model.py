@@ -314,16 +314,17 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     n = rows_at_once(gpt, len(rows), longest, longest + max_new_tokens)
     with torch.inference_mode():
         parts = [_generate(gpt, rows[i:i + n], max_new_tokens, temperature) for i in range(0, len(rows), n)]
-        T = max(tokens.shape[1] for tokens, _, _ in parts)
-        parts = [(F.pad(tokens, (0, T - tokens.shape[1]), value=gpt.config.pad_id), *rest) for tokens, *rest in parts]
-        tokens, prompt_lengths, lengths = map(torch.cat, zip(*parts))
+        T = max(part[0].shape[1] for part in parts)
+        tokens = torch.cat([F.pad(part[0], (0, T - part[0].shape[1]), value=gpt.config.pad_id) for part in parts])
+        prompt_lengths, lengths = (torch.cat([part[i] for part in parts]) for i in (1, 2))
     t = torch.arange(tokens.shape[1] - 1, device=tokens.device)
     response_mask = (t >= prompt_lengths[:, None] - 1) & (t < lengths[:, None] - 1)
     return tokens.clone(), response_mask                # a clone made here is an ordinary tensor: autograd takes it
 
 
 def _generate(gpt, prompts, max_new_tokens, temperature):
-    """tokens, prompt lengths and lengths of one sample to each prompt, prompts: tuples, in memory all at once."""
+    """One sample to each of the prompts (tuples), all at once: tokens (B, T), prompt_lengths (B,), lengths (B,) and, for
+    temperatures above 0, the log-probs (B, T) with which the tokens of the response were sampled."""
     c, device = gpt.config, gpt.embed.device
     on_cuda, (look_every, smallest, granule, capture) = device.type == "cuda", SCHEDULE[device.type]
     longest = max(map(len, prompts))
@@ -344,6 +345,7 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
     lengths = prompt_lengths[source]                    # tokens in the row so far
     alive = torch.ones(B, dtype=torch.bool, device=device)
     order = torch.arange(B, device=device)              # which row of the result
+    logprobs = torch.zeros(B, width, device=device)     # of the tokens that were sampled at a temperature, at their places
     health = torch.zeros(B, device=device)              # sum of all logits: a NaN or an infinity stays in it
     # zeros, not empty: a masked key still multiplies its value by 0, and 0 * NaN = NaN
     kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, width, c.head_dim, dtype=dtype, device=device)
@@ -359,9 +361,11 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
             new = logits.argmax(-1)
         else:
             # invert the cumulative distribution, in double: exact for rare tokens too, and one random number a row
-            cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+            probs = (logits / temperature).softmax(-1)
+            cdf = probs.cumsum(-1, dtype=torch.float64)
             u = torch.rand(n, 1, dtype=torch.float64, device=device) * cdf[:, -1:]
             new = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp_(max=c.vocab_size - 1)
+            logprobs[:n].scatter_(1, lengths[:n, None], probs.gather(1, new[:, None]).log())
         new = torch.where(alive[:n], new, c.pad_id)
         tokens[:n].scatter_(1, lengths[:n, None], new[:, None])
         lengths[:n] += alive[:n]                        # an ended row stands still until it leaves
@@ -403,7 +407,7 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
             return n
         holes, movers = (~alive[:left]).nonzero()[:, 0], alive[left:n].nonzero()[:, 0] + left
         here, there = torch.cat((holes, movers)), torch.cat((movers, holes))
-        for x in (tokens, lengths, alive, order):
+        for x in (tokens, lengths, alive, order, logprobs):
             x[here] = x[there]
         for layer in kv:
             layer[:, holes] = layer[:, movers]
@@ -431,7 +435,8 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
     if not health.isfinite().all():
         raise FloatingPointError("generate: the model gave logits that are NaN or infinite")
     back = order.argsort()
-    return tokens[back, :int(lengths.max())], prompt_lengths[source], lengths[back]
+    T = int(lengths.max())
+    return tokens[back, :T], prompt_lengths[source], lengths[back], logprobs[back, :T]
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
