@@ -221,9 +221,50 @@ class GPT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
-# steps between looks at who has ended, the share of the rows that must have gone before the others close up, and the
-# columns by which the visible cache grows. On CUDA a look is a sync and a new shape is a new graph; on a CPU both are free
-SCHEDULE = dict(cpu=(1, 0, 8), cuda=(32, 0.5, 256))
+class Recorded:
+    """A decoding step that is one launch in place of hundreds from its second call on: the first runs it as it is, the
+    warm-up that capturing asks for, the second captures it, and every call but the first replays what was captured.
+
+    A graph holds addresses and owns nothing. So it lives beside its step, which owns all that lies there, except for what
+    a run of the step makes and drops: that lies in the pool that was given to capture."""
+
+    def __init__(self, step, capture):
+        self.step, self.capture = step, capture
+        self.is_warm, self.graph = False, None
+
+    def __call__(self):
+        if not self.is_warm:
+            self.is_warm = True
+            return self.step()
+        if self.graph is None:
+            self.graph = self.capture(self.step)
+        self.graph.replay()
+
+
+def cuda_graph(pool, step):
+    """step as a CUDA graph, captured and not run, with its intermediate tensors in pool."""
+    graph, side, current = torch.cuda.CUDAGraph(), side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        graph.capture_begin(pool.id)        # torch.cuda.graph would empty the allocator's cache first, at each capture
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    current.wait_stream(side)               # capturing reset the random generator's counters over there
+    return graph
+
+
+@cache
+def side_stream(device: int):
+    """The stream to capture on. One for good: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+# steps between looks at who has ended; the smallest batch, where batches are powers of two (None: any size); the columns by
+# which the visible cache grows; how a step is captured. On CUDA a look is a sync and a new shape is a new graph, on a CPU
+# both are free
+SCHEDULE = dict(cpu=(1, None, 8, None), cuda=(32, 16, 256, cuda_graph))
 
 
 def decoding_weights(gpt: GPT, dtype):
@@ -235,6 +276,29 @@ def decoding_weights(gpt: GPT, dtype):
                            blocks=[SimpleNamespace(**lean(b)) for b in gpt.blocks])
 
 
+def free_memory(device) -> float:
+    """Bytes that tensors can still take: what the device has left and what the allocator holds for nobody."""
+    if device.type == "cpu":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def rows_at_once(gpt: GPT, rows: int, longest: int, width: int) -> int:
+    """How many of the rows `generate` takes at a time: all, or equal parts whose cache of width columns, prefill and sampling
+    fit into free memory."""
+    c, device = gpt.config, gpt.embed.device
+    itemsize, heads = 4 if device.type == "cpu" else 2, c.n_head + 2 * c.n_kv_head
+    row = 2 * c.n_layer * c.n_kv_head * c.head_dim * width * itemsize                # the cache
+    row += 16 * longest * (c.n_embd + c.n_inner + heads * c.head_dim)                # what one layer of the prefill makes
+    row += 64 * c.vocab_size                            # logits up to their sums in fp64, once outside and once inside a graph
+    weights = itemsize * sum(p.numel() for p in gpt.parameters())
+    fitting = max(1, int(min(rows, 0.9 * (free_memory(device) - weights) / row)))
+    n = math.ceil(rows / math.ceil(rows / fitting))
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < n * row + weights:
+        torch.cuda.empty_cache()                        # while capturing, the allocator cannot give back what it holds
+    return n
+
+
 def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, group_size: int = 1):
     """Sample group_size responses to each prompt: tokens (B, T), response_mask (B, T-1), in the layout at the top of this
     file; B = len(prompts) * group_size, the rows of a prompt are adjacent, T is the longest row.
@@ -243,28 +307,36 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     from the device's global random generator. Raises InputError if a prompt is empty or prompt and response do not fit
     into the context, FloatingPointError if a logit was not finite.
     """
+    longest = max(map(len, prompts), default=0)
+    if not prompts or not all(prompts) or max_new_tokens < 1:
+        raise InputError("generate: an empty prompt, or no prompt, or max_new_tokens below 1")
+    if longest + max_new_tokens > gpt.config.max_len:
+        raise InputError(f"{longest} prompt tokens and {max_new_tokens} new tokens exceed the context of {gpt.config.max_len}")
+    rows = [prompt for prompt in map(tuple, prompts) for _ in range(group_size)]
+    n = rows_at_once(gpt, len(rows), longest, longest + max_new_tokens)
     with torch.inference_mode():
-        tokens, prompt_lengths, lengths = _generate(gpt, prompts, max_new_tokens, temperature, group_size)
+        parts = [_generate(gpt, rows[i:i + n], max_new_tokens, temperature) for i in range(0, len(rows), n)]
+        T = max(part[0].shape[1] for part in parts)
+        tokens = torch.cat([F.pad(part[0], (0, T - part[0].shape[1]), value=gpt.config.pad_id) for part in parts])
+        prompt_lengths, lengths = (torch.cat([part[i] for part in parts]) for i in (1, 2))
     t = torch.arange(tokens.shape[1] - 1, device=tokens.device)
     response_mask = (t >= prompt_lengths[:, None] - 1) & (t < lengths[:, None] - 1)
     return tokens.clone(), response_mask                # a clone made here is an ordinary tensor: autograd takes it
 
 
-def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
+def _generate(gpt, prompts, max_new_tokens, temperature):
+    """One sample to each of the prompts (tuples), all at once: tokens (B, T), prompt_lengths (B,), lengths (B,) and, for
+    temperatures above 0, the log-probs (B, T) with which the tokens of the response were sampled."""
     c, device = gpt.config, gpt.embed.device
-    on_cuda, (look_every, gone_share, granule) = device.type == "cuda", SCHEDULE[device.type]
-    longest = max(map(len, prompts), default=0)
-    if not prompts or not all(prompts) or max_new_tokens < 1:
-        raise InputError("generate: an empty prompt, or no prompt, or max_new_tokens below 1")
-    if longest + max_new_tokens > c.max_len:
-        raise InputError(f"{longest} prompt tokens and {max_new_tokens} new tokens exceed the context of {c.max_len}")
+    on_cuda, (look_every, smallest, granule, capture) = device.type == "cuda", SCHEDULE[device.type]
+    longest = max(map(len, prompts))
     dtype = torch.bfloat16 if on_cuda else torch.float32
     w = decoding_weights(gpt, dtype)
     width = longest + max_new_tokens
     rope = rope_table(c, width, device)
 
-    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    source = torch.tensor([distinct[tuple(p)] for p in prompts], device=device).repeat_interleave(group_size)    # (B,)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    source = torch.tensor([distinct[p] for p in prompts], device=device)             # (B,)
     padded = torch.tensor([[*p, *[c.pad_id] * (longest - len(p))] for p in distinct], device=device)
     prompt_lengths = torch.tensor([len(p) for p in distinct], device=device)
 
@@ -275,6 +347,7 @@ def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
     lengths = prompt_lengths[source]                    # tokens in the row so far
     alive = torch.ones(B, dtype=torch.bool, device=device)
     order = torch.arange(B, device=device)              # which row of the result
+    logprobs = torch.zeros(B, width, device=device)     # of the tokens that were sampled at a temperature, at their places
     health = torch.zeros(B, device=device)              # sum of all logits: a NaN or an infinity stays in it
     # zeros, not empty: a masked key still multiplies its value by 0, and 0 * NaN = NaN
     kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, width, c.head_dim, dtype=dtype, device=device)
@@ -290,9 +363,11 @@ def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
             new = logits.argmax(-1)
         else:
             # invert the cumulative distribution, in double: exact for rare tokens too, and one random number a row
-            cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+            probs = (logits / temperature).softmax(-1)
+            cdf = probs.cumsum(-1, dtype=torch.float64)
             u = torch.rand(n, 1, dtype=torch.float64, device=device) * cdf[:, -1:]
             new = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp_(max=c.vocab_size - 1)
+            logprobs[:n].scatter_(1, lengths[:n, None], probs.gather(1, new[:, None]).log())
         new = torch.where(alive[:n], new, c.pad_id)
         tokens[:n].scatter_(1, lengths[:n, None], new[:, None])
         lengths[:n] += alive[:n]                        # an ended row stands still until it leaves
@@ -312,8 +387,9 @@ def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
             keys, values, seen_keys, seen_values = caches[layer]
             keys[rows, :, at], values[rows, :, at] = k[:, 0].to(dtype), v[:, 0].to(dtype)
             # the query heads that share a key head are as good as several queries in one row
-            q = q.view(n, c.n_kv_head, -1, c.head_dim)
-            return F.scaled_dot_product_attention(q, seen_keys, seen_values, attn_mask=visible).view(n, 1, -1)
+            q = q[:, 0].unflatten(1, (c.n_kv_head, -1))                              # (n, K, H / K, D)
+            y = F.scaled_dot_product_attention(q, seen_keys, seen_values, attn_mask=visible)
+            return y.reshape(n, 1, -1)                  # reshape: in which order y lies in memory is up to the backend
 
         def step():
             at = lengths[:n] - 1                        # where the newest tokens are
@@ -324,53 +400,45 @@ def _generate(gpt, prompts, max_new_tokens, temperature, group_size):
         return step
 
     def drop_ended(n):
-        """Swap ended rows behind those that go on; the number of the latter. The only device-to-host sync of the loop."""
-        left = int(alive[:n].sum())
-        if left == n or n - left < gone_share * n:
+        """Swap ended rows behind those that go on; how many rows the next steps take. The only device-to-host sync of the
+        loop."""
+        fewer = left = int(alive[:n].sum())
+        if left and smallest:
+            fewer = min(n, max(smallest, 1 << (left - 1).bit_length()))              # few sizes, few graphs
+        if fewer == n:
             return n
         holes, movers = (~alive[:left]).nonzero()[:, 0], alive[left:n].nonzero()[:, 0] + left
         here, there = torch.cat((holes, movers)), torch.cat((movers, holes))
-        for x in (tokens, lengths, alive, order):
+        for x in (tokens, lengths, alive, order, logprobs):
             x[here] = x[there]
         for layer in kv:
             layer[:, holes] = layer[:, movers]
-        return left
+        return fewer
 
     # the matrices are bf16 already: autocast rounds where it does in training and leaves the residual stream in fp32
     with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda, cache_enabled=False):
         hidden = trunk(c, w, padded, torch.arange(longest, device=device)[None], rope, prefill_attention)
         ends = hidden[torch.arange(len(distinct), device=device), prompt_lengths - 1]
         add_tokens(B, ends[source])
-        n, done, shape = drop_ended(B), 1, None
+        n, done, shape, step = drop_ended(B), 1, None, None
+        pool = torch.cuda.MemPool() if on_cuda else None            # all graphs of a call share it: one runs at a time
         while n and done < max_new_tokens:
             columns = min(width, math.ceil((longest + done) / granule) * granule)
             if shape != (n, columns):
                 shape, step = (n, columns), decode_step(n, columns)
-                if on_cuda:
-                    step = record(step)
-                    done += 1                           # recording made one step
+                if capture:
+                    step = Recorded(step, partial(capture, pool))
             for _ in range(min(look_every, columns - longest - done + 1, max_new_tokens - done)):
                 step()
                 done += 1
             n = drop_ended(n)
+        step = None                                     # its graph goes before the pool, whose memory the device gets back
 
     if not health.isfinite().all():
         raise FloatingPointError("generate: the model gave logits that are NaN or infinite")
     back = order.argsort()
-    return tokens[back, :int(lengths.max())], prompt_lengths[source], lengths[back]
-
-
-def record(step):
-    """Run step once, capture it as a CUDA graph, return the replay: one launch in place of hundreds."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()                                          # a real step, and the warm-up that capturing asks for
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()                                          # recorded, not run
-    return graph.replay
+    T = int(lengths.max())
+    return tokens[back, :T], prompt_lengths[source], lengths[back], logprobs[back, :T]
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
