@@ -1,7 +1,7 @@
 """Puts the repository's root on the path; without a GPU the Triton kernels run in Triton's interpreter.
 
-Tests marked `cuda` need a GPU and are skipped where there is none: `python -m pytest -m cuda` runs them alone. The whole suite runs
-as many tests at a time as there are cores, at most four, if pytest-xdist is installed; `-n 0` or the name of a file: one by one.
+Tests marked `cuda` need a GPU and are skipped where there is none: `python -m pytest -m cuda` runs them alone. If pytest-xdist is
+installed the whole suite runs two files at a time; `-n 0` or the name of a file: one by one.
 """
 import os
 import sys
@@ -12,22 +12,27 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"      # before kernels are imported
-torch.set_num_threads(1)                      # tests that share the cores; and one thread gives the same sums everywhere
+torch.set_num_threads(1)                      # files that run side by side do not fight for the cores
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+LONGEST = "test_scripts.py", "test_baselines.py"                     # begin first, so that no file is left over at the end
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU")
 
 
+@pytest.hookimpl(tryfirst=True)               # before pytest-xdist looks at its options
 def pytest_cmdline_main(config):
-    whole, worker = not config.option.file_or_dir, hasattr(config, "workerinput")
-    if whole and not worker and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
-        config.option.numprocesses, config.option.dist = min(4, os.cpu_count()), "loadgroup"
+    option, worker = config.option, hasattr(config, "workerinput")
+    unsaid = getattr(option, "numprocesses", 0) is None              # pytest-xdist is there, and no -n
+    if unsaid and not worker and not option.file_or_dir and not option.usepdb:
+        # by file: a fixture of a file is made once, and the runs that tests of test_scripts.py compare with are run once
+        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -355,7 +355,8 @@ def train(args):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         status, last = stream("ppo_reft", sys.executable, "ppo_reft.py", "--model", args.model, "--train-data", args.train_data,
-                              "--eval-data", args.eval_data, "--out", str(out), *TRAIN_FLAGS, seconds=0.8 * args.seconds)
+                              "--eval-data", args.eval_data, "--out", str(out), *TRAIN_FLAGS,
+                              seconds=max(0.6 * args.seconds, args.seconds - 25))        # the rest is for saving and reading
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
     for i, record in enumerate(log):
         numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}

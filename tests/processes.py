@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +29,11 @@ torch.set_num_threads(1)                               # no pool of threads may 
 torch.optim.AdamW([torch.zeros(1)])                    # loads what an optimiser loads late, once for all forks
 
 
-def run_script(script, argv, folder, environment, files):
-    """What a forked process does: as `python script.py argv` in that folder and environment, with stdout and stderr in files."""
+def run_script(script, argv, folder, environment, files, pictures):
+    """What a forked process does: as `python script.py argv` in that folder and environment, with stdout and stderr in files.
+    Without pictures the files that it draws stay empty: to draw them takes longer than all the rest of a small run."""
+    if not pictures:
+        Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"")
     for stream, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY), stream)
     os.chdir(folder)
@@ -43,11 +47,11 @@ def run_script(script, argv, folder, environment, files):
 class Running:
     """A script started as `python script.py flags` would start it, with its output in files: .kill(number), .wait() -> result."""
 
-    def __init__(self, script, argv):
+    def __init__(self, script, argv, pictures=False):
         self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
-        with mock.patch.dict(os.environ, NO_GPU | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
+        with mock.patch.dict(os.environ, NO_GPU | {"PYTHONPATH": os.pathsep.join(sys.path)}):
             multiprocessing.forkserver.ensure_running()                        # starts at the first run, and only then
-        arguments = script, argv, os.getcwd(), dict(os.environ), [file.name for file in self.files]
+        arguments = script, argv, os.getcwd(), dict(os.environ), [file.name for file in self.files], pictures
         self.process = FORKS.Process(target=run_script, args=arguments, daemon=True)     # daemon: no test leaves one behind
         self.process.start()
 

@@ -31,13 +31,13 @@ TINY = ["--train-size", "64", "--warmup-epochs", "2", "--warmup-batch-size", "8"
         "--save-every", "1", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--device", "cpu"]
 
 
-def start(script, out, *flags, tiny=True):
+def start(script, out, *flags, tiny=True, pictures=False):
     whole = ["--minibatch-size", "32"] if script == "score" else []           # which takes the whole rollout in one step
-    return Running(script, [str(flag) for flag in (*(TINY + whole if tiny else []), "--out", out, *flags)])
+    return Running(script, [str(flag) for flag in (*(TINY + whole if tiny else []), "--out", out, *flags)], pictures)
 
 
-def run(script, out, *flags, tiny=True):
-    return start(script, out, *flags, tiny=tiny).wait()
+def run(script, out, *flags, tiny=True, pictures=False):
+    return start(script, out, *flags, tiny=tiny, pictures=pictures).wait()
 
 
 def read_log(out):
@@ -130,9 +130,10 @@ def test_help_teaches(script):
 
 @functools.lru_cache(None)
 def whole_run(script, method, folder):
-    result = run(script, folder, "--method", method)
+    """What it printed and how many seconds it took; once for all tests that compare with it."""
+    began, result = time.time(), run(script, folder, "--method", method, pictures=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result.stdout, time.time() - began
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +150,8 @@ CASES += [("score", method) for method in ("score", "multi-turn", "pair-sft", "s
 @pytest.mark.parametrize("script, method", CASES)
 def test_a_run_writes_its_folder(script, method, folder):
     out = folder / f"{script}-{method}"
-    printed = whole_run(script, method, out)
+    printed, _ = whole_run(script, method, out)
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.glob("*.png"))
     written = {p.name for p in out.iterdir()} - {"stages.png", "passk.png", "turns.png"}   # pictures of r3, prl, score
     assert written == {".lock", "args.json", "log.jsonl", "summary.json", "curves.png", "model", "warmup", "state.pt"}
     summary = json.loads((out / "summary.json").read_text())
@@ -183,13 +185,13 @@ def test_same_seed_same_log(script, method, folder, tmp_path):
 @pytest.mark.parametrize("where", ["a random moment", "training"])
 def test_kill_and_resume_equals_an_unbroken_run(script, method, where, folder, tmp_path):
     """kill -9, twice, then --resume: log and weights bit for bit as if nothing had happened."""
-    whole_run(script, method, folder / f"{script}-{method}")
+    _, seconds = whole_run(script, method, folder / f"{script}-{method}")
     out, rng = tmp_path / "killed", random.Random()
     resume = lambda: ["--resume"] if (out / "state.pt").exists() else []
     for attempt in range(2):
         running, began = start(script, out, "--method", method, *resume()), time.time()
-        deadline = rng.uniform(0.05, 2.5) if where == "a random moment" else 60
-        while time.time() < began + deadline and not (where == "training" and lines_of(out) > attempt + 1):
+        deadline = rng.uniform(0, seconds) if where == "a random moment" else 60
+        while time.time() < began + deadline and not (where == "training" and lines_of(out) > attempt + 1) and not running.ended():
             time.sleep(0.003)
         running.kill(signal.SIGKILL)
         running.wait()
@@ -207,7 +209,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path):
     whole_run("ppo_reft", "reft", folder / "ppo_reft-reft")
     out = tmp_path / "stopped"
     running = start("ppo_reft", out)
-    while not (out / "log.jsonl").exists():
+    while not (out / "log.jsonl").exists() and not running.ended():
         time.sleep(0.003)
     running.kill(number)
     result = running.wait()
