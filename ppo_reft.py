@@ -13,7 +13,7 @@ on the same questions: the model writes solutions of its own, their final answer
     whitening    A <- (A - mean A) / sqrt(var A + 1e-8), over all response tokens of a rollout    F6      whiten()
     policy loss  max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),   ratio = pi / pi_old           F7      loss_fn()
     value loss   1/2 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)                   F8      loss_fn()
-    total        L = L_policy + 5 L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
+    total        L = L_policy + a L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
 
 The paper numbers only its Eq. 1; F2 to F9 are ours. Whitening, the value clip and the sampled KL are not in the paper's text but
 in the authors' code (github.com/lqtrung1998/mwp_ReFT at bdc844e), which gave its numbers. Layout of all tensors: model.py.
@@ -73,15 +73,15 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
+    train_size: int = 4000           # built-in training problems, of 1 to --operations-high operations
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
+    warmup_epochs: int = 8           # passes over the training demonstrations; paper: 2 (7B), 10 (125M); 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
     warmup_lr: float = 2e-3          # peak; paper 1e-5 for a pretrained 7B model
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its updates; paper: 300 epochs of the training questions
+    iterations: int = 40             # rollouts, each with its updates; paper: 300 epochs of the training questions
     batch_size: int = 256            # questions an iteration; paper: 32 (7B), 256 (125M)
     minibatch_size: int = 256        # rows an optimiser step; paper: the whole batch
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
@@ -92,7 +92,7 @@ class Args:
     lam: float = 0.95                # paper's code: 0.95
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
-    vf_coef: float = 5.0             # alpha; paper: 5 (times the 1/2 of F8)
+    vf_coef: float = 1.0             # a; paper: 5 (times the 1/2 of F8), which leaves the policy a fifth of a clipped gradient
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: Literal["k1", "exact"] = "k1"    # sampled log-ratio in the reward (authors' code); exact: its conditional mean
     value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (paper); one of its own
@@ -355,9 +355,9 @@ def online_st_update(policy, batch, data, optimizer, args):
 def draw_samples(policy, problems, tokenizer, count, args):
     """`count` samples (ids, text, answer) of each problem at temperature 1, the same ones each time for one seed and policy."""
     torch.manual_seed(args.seed)
-    samples = []
-    for i in tqdm(range(0, len(problems), args.batch_size), "samples", disable=None, leave=False):
-        batch = problems[i:i + args.batch_size]
+    samples, size = [], max(1, args.minibatch_size // count)                             # problems a batch
+    for i in tqdm(range(0, len(problems), size), "samples", disable=None, leave=False):
+        batch = problems[i:i + size]
         data, texts, answers = respond(policy, batch, tokenizer, args, group_size=count)
         drawn = list(zip(response_ids(data), texts, answers))
         samples += [drawn[j:j + count] for j in range(0, len(drawn), count)]
@@ -369,8 +369,8 @@ def self_training_rows(policy, train, tokenizer, args):
     rows = []
     for problem, samples in zip(train, draw_samples(policy, train, tokenizer, args.samples, args)):
         right = {text: ids for ids, text, answer in samples if reward([answer], [problem], args) == 1}
-        right.pop(problem["cot"], None)
-        rows += [sft_row(problem | {"response": ids}) for ids in list(right.values())[:args.keep]]
+        new = [ids for ids in right.values() if ids != problem["response"]]
+        rows += [sft_row(problem | {"response": ids}) for ids in new[:args.keep]]
     return rows
 
 
