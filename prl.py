@@ -331,9 +331,9 @@ def warm_up(policy, rows, tokenizer, state, args):
 def draw_samples(policy, problems, tokenizer, count, args):
     """`count` samples (ids, text, answer) of each problem at temperature 1, the same ones each time for one seed and policy."""
     torch.manual_seed(args.seed)
-    samples = []
-    for i in tqdm(range(0, len(problems), args.batch_size), "samples", disable=None, leave=False):
-        batch = problems[i:i + args.batch_size]
+    samples, size = [], max(1, args.minibatch_size // count)                             # problems a batch
+    for i in tqdm(range(0, len(problems), size), "samples", disable=None, leave=False):
+        batch = problems[i:i + size]
         data, texts, answers = respond(policy, batch, tokenizer, args, group_size=count)
         drawn = list(zip(response_ids(data), texts, answers))
         samples += [drawn[j:j + count] for j in range(0, len(drawn), count)]
