@@ -376,6 +376,7 @@ def add_critic(policy, args):
 
 # Staged RL and RL from the question alone are choices of draw_starts().
 
+
 def sft_update(policy, rows, optimizer, iteration, steps, args):
     """An iteration of supervised training: `steps` optimiser steps on a schedule, as the warm-up's, over all iterations."""
     done = [sft_step(policy, rows, optimizer, (iteration - 1) * steps + i, steps * args.iterations, f"{args.seed} sft", args)
@@ -398,14 +399,14 @@ def all_starts(problems, policy, tokenizer, args):
 
 
 def by_stage(data, batch, args):
-    """What came of the rollouts from each start, as lists over k: their number, accuracy, share without an answer (outcome 0, as
-    a wrong letter's) and length; None where there were none."""
+    """What came of the rollouts from each start, as lists over k: their number, accuracy, share without an answer (outcome 0,
+    with --partial-reward 0 a wrong number's too) and length; None where there were none."""
     stages = torch.tensor([start["stage"] for start in batch], device=data["outcomes"].device)
     columns = {"accuracy": data["outcomes"] == 1, "unparsed": data["outcomes"] == 0, "length": data["response_mask"].sum(1)}
     chosen = [stages == k for k in range(args.stages)]                                   # (B,) each
-    means = {f"stage_{name}": [round(float(x[rows].float().mean()), 6) if rows.any() else None for rows in chosen]
+    found = {f"stage_{name}": [round(float(x[rows].float().mean()), 6) if rows.any() else None for rows in chosen]
              for name, x in columns.items()}
-    return {"stage_rollouts": [int(rows.sum()) for rows in chosen]} | means
+    return {"stage_rollouts": [int(rows.sum()) for rows in chosen]} | found
 
 
 def plot_stages(args):
