@@ -37,7 +37,7 @@ def read(path):
     log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
     curve = [(r["iteration"], r["dev_accuracy"]) for r in log if "dev_accuracy" in r]
     flags = {k: v for k, v in info["args"].items() if k not in ("out", "model")}
-    total = {"total_tokens": log[-1]["total_tokens"]} if "total_tokens" in log[-1] else {}
+    total = {"total_tokens": record["total_tokens"] for record in log if "total_tokens" in record}           # the last one
     sampled = [r for r in log if r["event"] == "iteration" and "accuracy" in r]
     for k in ("accuracy", "contradictions", "stage_accuracy"):
         total |= {f"first_{k}": r[k] for r in sampled[:1] if k in r}

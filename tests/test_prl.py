@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import prl
-from model import GPT, GPTConfig, Tokenizer
+from model import GPT, GPTConfig, InputError, Tokenizer
 from test_losses import Words, close, masks, rows
 from test_scripts import TINY, refuse, run
 
@@ -22,6 +22,13 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 def flags(**changes):
     return dataclasses.replace(ARGS, **changes)
+
+
+def outcomes_with_steps(steps="newline", **changes):
+    """Args whose weight of a token is r itself, in place of the group's A_i, minus S / eta: prm's, but with any steps."""
+    args = flags(method="prm", **changes)
+    args.steps = steps
+    return args
 
 
 def test_the_start_is_the_default_anchor_and_the_line_the_default_step():
@@ -75,8 +82,8 @@ class Tabular:
         return torch.autograd.grad((self.prob.detach()[:, None] * weights * self.logp).sum(), self.theta, retain_graph=True)[0]
 
     def script_gradient(self, **changes):
-        """With the weights of prl.token_advantages, r itself in place of the group's A_i."""
-        args = flags(method="prm", eta=ETA, **changes)
+        """With the weights of prl.token_advantages."""
+        args = outcomes_with_steps(eta=ETA, **changes)
         weights, _, _ = prl.token_advantages(self.r, self.ratios, self.tokens, self.mask, self.newline, args)
         assert not weights[~self.mask].any()
         return self.gradient(weights[:, 2:5])
@@ -154,7 +161,7 @@ def test_granularity_trades_variance_only():
     tokens, mask = torch.cat([torch.zeros(len(r), 1, dtype=torch.long), sequences], 1), torch.ones(len(r), L, dtype=torch.bool)
     traces = []
     for step_len in (1, 2, L):
-        args = flags(method="prm", eta=ETA, steps="length", step_len=step_len)
+        args = outcomes_with_steps("length", eta=ETA, step_len=step_len)
         weights, _, _ = prl.token_advantages(r, (logp - logq).detach(), tokens, mask, None, args)
         found = torch.autograd.grad((prob.detach()[:, None] * weights * logp).sum(), theta, retain_graph=True)[0]
         close(found, true, 1e-12)
@@ -203,7 +210,7 @@ def weights_of(log_ratio, lengths, A, newline_at=(), **changes):
         mask[i, 2:2 + length] = True
         ratios[i, 2:] = torch.tensor(row + [9.0] * (10 - len(row)))
         tokens[i, [3 + t for t in newline_at]] = 1
-    args = flags(method="prm", eta=10.0, **{"step_len": 4} | changes)
+    args = outcomes_with_steps(eta=10.0, **{"step_len": 4} | changes)
     advantages, _, steps = prl.token_advantages(torch.tensor(A), ratios, tokens, mask, torch.tensor([False, True]), args)
     assert not advantages[~mask].any()
     return advantages[:, 2:], steps[:, 2:]
@@ -285,7 +292,7 @@ def test_the_built_in_problems_have_a_step_a_line():
     args = flags(train_size=20, eval_size=5)
     tokenizer = prl.builtin_tokenizer(args)
     for problem in prl.load_problems(args)[0]:
-        problem = prl.encode_record(problem, tokenizer, args)
+        problem = prl.encode_problem(problem, tokenizer, args)
         tokens = torch.tensor([problem["prompt"][-1:] + problem["response"]])
         mask = torch.ones(1, len(problem["response"]), dtype=torch.bool)
         step = prl.step_id(tokens, mask, prl.newline_tokens(tokenizer, tokenizer.vocab_size), ARGS)
@@ -425,7 +432,7 @@ def toy_rollout(monkeypatch, args, same_ref=False, outcomes=(1, 0, 0, 1, 1, 1, 0
     monkeypatch.setattr(prl, "reward", reward)
     policy = tiny()
     ref = copy.deepcopy(policy) if same_ref else tiny(seed=1)
-    problems = [{"prompt": [5] * (1 + i % 3) + [6], "given": [], "gold": float(i)} for i in range(4)]
+    problems = [{"prompt": [5] * (1 + i % 3) + [6], "gold": float(i)} for i in range(4)]
     torch.manual_seed(3)
     data, log = prl.rollout(policy, ref.requires_grad_(False), problems, Lines(), args)
     return policy, ref, data, log
@@ -513,9 +520,21 @@ def test_there_is_no_partial_reward(answer, expected):
     assert prl.reward(prl.read_answers([prl.ANSWER + answer], [problem], ARGS), [problem], ARGS).tolist() == [expected]
 
 
-def test_outcome_of_letters():
-    problems = [{"gold": "c"}] * 3
-    assert prl.reward(prl.read_answers([prl.ANSWER + x for x in ("C", "d", "none")], problems, ARGS), problems, ARGS).tolist() == [1, 0, 0]
+def test_the_last_announcement_counts_and_its_first_line():
+    problems, texts = [{"gold": 18.0}] * 4, ["18", f"{prl.ANSWER}5{prl.ANSWER}18", f"{prl.ANSWER}18{prl.ANSWER}5", f"{prl.ANSWER}18\nor 5"]
+    assert prl.reward(prl.read_answers(texts, problems, ARGS), problems, ARGS).tolist() == [0, 1, 0, 1]
+
+
+def test_a_record_is_of_either_form_and_its_answer_a_number():
+    same = {"question": "How many?", "cot": "9 + 9 = 18", "answer": "18", "gold": 18.0}
+    assert prl.parse_record({"question": "How many? ", "answer": "9 + 9 = 18\n#### 18"}, ARGS) == same
+    reft = {"question": "How many?", "answer_cot": "9 + 9 = 18\n\nTherefore, the answer is <18>.", "answer_value": "18"}
+    assert prl.parse_record(reft, ARGS) == same
+    assert prl.parse_record(reft | {"answer_cot": "Already answered: the answer is <18>."}, ARGS)["cot"] == ""
+    for raw, words in [(reft | {"answer_value": "c"}, "'c' is not a number"), ({"question": "How many?", "answer": ["#### 18"]}, "neither"),
+                       ({"answer": "#### 18"}, "`question`")]:
+        with pytest.raises(InputError, match=words):
+            prl.parse_record(raw, ARGS)
 
 
 def test_pass_at_k():
@@ -538,12 +557,13 @@ def test_bootstrap_intervals():
 
 def test_hard_problems_have_more_operations_and_are_shared_with_nothing():
     args = flags(train_size=400, eval_size=60)
-    hard, shown = prl.hard_problems(512, prl.builtin_tokenizer(args), args)
+    policy, tokenizer = prl.initial_policy(args)
+    hard, shown = prl.hard_problems(policy, tokenizer, args)
     operations = lambda problem: len(re.findall(r" [+-] ", problem["question"]))
     assert len(hard) == 60 and {operations(p) for p in hard + shown} == {7, 8}
     assert max(operations(p) for part in prl.load_problems(args) for p in part) == 6
     assert not {p["question"] for p in hard} & {p["question"] for p in shown}
-    assert prl.hard_problems(512, None, flags(train_data="x")) == ([], [])
+    assert prl.hard_problems(policy, None, flags(train_data="x")) == ([], [])
 
 
 def test_base_is_an_evaluation_alone_and_the_summary_holds_what_a_table_needs(tmp_path):
@@ -575,10 +595,10 @@ def test_a_warm_up_can_be_shared(tmp_path):
 @pytest.mark.parametrize("given, words", [
     (["--eta", "0"], ["--eta", "grpo"]),
     (["--dual-clip", "1"], ["--dual-clip"]),
-    (["--steps", "word"], ["newline, length, token"]),
-    (["--anchor", "middle"], ["start, end"]),
-    (["--agg", "row"], ["token, const"]),
-    (["--method", "reft"], ["prl, frpo, grpo"]),
+    (["--steps", "word"], ["--steps", "newline", "length", "token"]),
+    (["--anchor", "middle"], ["--anchor", "start", "end"]),
+    (["--agg", "row"], ["--agg", "token", "const"]),
+    (["--method", "reft"], ["--method", "prl", "frpo", "grpo"]),
     (["--operations-hard", "6"], ["--operations-hard"]),
     (["--operations-hard", "300"], ["--operations-hard 300", "context"]),
     (["--group-size", "0"], ["--group-size"]),

@@ -20,7 +20,14 @@ PIECES = [chr(i) for i in range(32, 127)] + ["\n", "\n\n", "\n   ", ".\n", "####
 def encoded(record, tokenizer=None, **flags):
     """A record in ReFT's form, read and encoded as prepare() does."""
     args = dataclasses.replace(ARGS, **flags)
-    return r3.encode_record(r3.parse_record(record, "here", args), tokenizer or Tokenizer.from_pieces(PIECES), args)
+    return r3.encode_problem(r3.parse_record(record, args), tokenizer or Tokenizer.from_pieces(PIECES), args)
+
+
+def given(state, problem):
+    """The ids of the demonstration with which a start's prompt goes on."""
+    length = len(problem["prompt"])
+    assert state["prompt"][:length] == problem["prompt"]
+    return state["prompt"][length:]
 
 
 # ---- F10: p_k ----------------------------------------------------------------------------------------------------------------
@@ -60,21 +67,24 @@ def test_blank_lines_do_not_count_and_belong_to_the_line_above():
     problem = encoded({"question": "How many?", "answer_cot": "a\n\n \nb\nc", "answer_value": "3"})
     states = r3.start_states(problem, Tokenizer.from_pieces(PIECES), ARGS)
     decode = Tokenizer.from_pieces(PIECES).decode
-    assert [decode(s["given"]) for s in states] == ["", "a\n\n \n", "a\n\n \n", "a\n\n \nb\n", "a\n\n \nb\n"]
+    assert [decode(given(s, problem)) for s in states] == ["", "a\n\n \n", "a\n\n \n", "a\n\n \nb\n", "a\n\n \nb\n"]
 
 
 def test_text_counts_in_bytes():
     tokenizer = Tokenizer.from_pieces(PIECES + ["ä", "€"])
     problem = encoded({"question": "?", "answer_cot": "5 € = ä\n6 €", "answer_value": "6"}, tokenizer)
     states = r3.start_states(problem, tokenizer, ARGS)
-    assert tokenizer.decode(states[4]["given"]) == "5 € = ä\n"
+    assert tokenizer.decode(given(states[4], problem)) == "5 € = ä\n"
 
 
 def test_uniform_cuts_by_tokens_and_auto_takes_it_for_a_single_line():
     tokenizer = Tokenizer.from_pieces(PIECES)
     ten, three = ({"question": "?", "answer_cot": text, "answer_value": "1"} for text in ("a b c d ef", "abc"))
-    counts = lambda record, **flags: [len(s["given"]) for s in r3.start_states(
-        encoded(record, tokenizer), tokenizer, dataclasses.replace(ARGS, **flags))]
+
+    def counts(record, **flags):
+        problem = encoded(record, tokenizer)
+        return [len(given(s, problem)) for s in r3.start_states(problem, tokenizer, dataclasses.replace(ARGS, **flags))]
+
     assert counts(ten, split="uniform") == counts(ten, split="auto") == [0, 2, 4, 6, 8]
     assert counts(three, split="uniform") == [0, 1, 1, 2, 2]
     assert counts(ten, split="lines") == [0] * 5
@@ -99,22 +109,21 @@ def test_start_and_rest_are_the_demonstration(record, stages, split):
     tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, stages=stages, split=split)
     problem = encoded(record, tokenizer)
     states = r3.start_states(problem, tokenizer, args)
-    counts = [len(s["given"]) for s in states]
+    counts = [len(given(s, problem)) for s in states]
     assert [s["stage"] for s in states] == list(range(stages)) and counts[0] == 0 and counts == sorted(counts)
     for state, count in zip(states, counts):
-        assert state["prompt"] + state["given"] + problem["response"][count:] == r3.sft_row(problem)[0]
-        given = tokenizer.decode(state["given"])
-        assert "#" not in given and problem["cot"].startswith(given) and given.strip() != problem["cot"]
-        sampled = [False] * (len(state["prompt"]) + count - 1) + [True] * (len(problem["response"]) - count)
-        text = r3.responses(torch.tensor([r3.sft_row(problem)[0]]), torch.tensor([sampled]), [state], tokenizer)
-        assert r3.reward(r3.read_answers(text, [state], args), [state], args).item() == 1
+        assert r3.sft_row(state)[0] == r3.sft_row(problem)[0]
+        begun = tokenizer.decode(given(state, problem))
+        assert begun == state["header"]
+        assert "#" not in begun and problem["cot"].startswith(begun) and begun.strip() != problem["cot"]
+        assert r3.reward(r3.read_answers([tokenizer.decode(state["response"][:-1])], [state], args), [state], args).item() == 1
 
 
 def test_the_answer_line_is_no_line_of_the_demonstration():
     tokenizer = Tokenizer.from_pieces(PIECES)
     for record in GSM[1], TEXT[1]:                                           # T = 2, not 3; SVAMP's closing sentence is gone
         states = r3.start_states(encoded(record, tokenizer), tokenizer, ARGS)
-        assert [tokenizer.decode(s["given"]).count("\n") for s in states] == [0, 0, 1, 1, 1]
+        assert [s["header"].count("\n") for s in states] == [0, 0, 1, 1, 1]
     assert tokenizer.decode(encoded(TEXT[1], tokenizer)["response"][:-1]) == "9 less 4.\n9 - 4 = 5\n#### 5"
 
 
@@ -128,63 +137,91 @@ REWORDED = PROGRAM.replace("How many?", "So how\n    many?")
 @pytest.mark.parametrize("split", ["lines", "uniform", "auto"])
 @pytest.mark.parametrize("program", [PROGRAM, REWORDED, *SHORT])
 def test_a_program_cut_anywhere_and_joined_runs(program, split):
+    """Every start gives the prompt's def line and docstring, goes on with the program's own lines, and the whole earns 1."""
     tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program", split=split)
     problem = encoded({"question": "How many?", "answer_cot": program, "answer_value": "3.0"}, tokenizer, cot="program")
     states = r3.start_states(problem, tokenizer, args)
-    header = {PROGRAM: 2, REWORDED: 3}.get(program, program.count("\n"))       # lines of its own def line and docstring
-    own = r3.tokens_of_lines(problem, header, tokenizer)
-    texts = []
+    assert problem["header"] == PROGRAM[:PROGRAM.index("    a")] and tokenizer.decode(problem["prompt"]).endswith(problem["header"])
+    assert states[0]["header"] == problem["header"] and states[0]["prompt"] == problem["prompt"]
     for state in states:
-        given = state["given"]
-        assert len(given) >= len(problem["given"])                          # never less than def line and docstring
-        rest = problem["response"][len(given) if given == problem["response"][:len(given)] else own:-1]
-        texts.append(tokenizer.decode(given + rest))
-    answers = r3.read_answers(texts, states, args)
-    assert (r3.reward(answers, states, args) == 1).all(), (texts, answers)
-    assert states[0]["given"] == problem["given"]
-    assert tokenizer.decode(problem["given"]).rstrip() == PROGRAM[:PROGRAM.index("\n    a")]
+        assert r3.sft_row(state)[0] == r3.sft_row(problem)[0]
+        assert state["header"] == problem["header"] + tokenizer.decode(given(state, problem))
+    texts = [tokenizer.decode(state["response"][:-1]) for state in states]
+    assert all(text.strip() for text in texts)
+    assert (r3.reward(r3.read_answers(texts, states, args), states, args) == 1).all()
 
 
-def test_lines_of_a_program_start_after_its_header():
+@pytest.mark.parametrize("program", [PROGRAM, REWORDED])
+def test_lines_of_a_program_count_from_its_header(program):
     tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program")
+    problem = encoded({"question": "How many?", "answer_cot": program, "answer_value": "3"}, tokenizer, cot="program")
+    states = r3.start_states(problem, tokenizer, args)
+    assert [len(r3.line_starts(s["header"])) for s in states] == [2, 2, 3, 4, 6]
+    assert [s["header"][len(problem["header"]):] for s in states[1:3]] == ["", "    a = 1"]             # "\n   " is one token
+    two = encoded({"question": "How\nmany?", "answer_cot": PROGRAM, "answer_value": "3"}, tokenizer, cot="program")
+    assert [len(r3.line_starts(s["header"])) for s in r3.start_states(two, tokenizer, args)] == [3, 3, 3, 5, 6]      # T = 8
+
+
+def test_uniform_counts_the_tokens_of_a_programs_header():
+    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program", split="uniform")
     problem = encoded({"question": "How many?", "answer_cot": PROGRAM, "answer_value": "3"}, tokenizer, cot="program")
-    lines = [len(r3.line_starts(tokenizer.decode(s["given"]))) for s in r3.start_states(problem, tokenizer, args)]
-    assert lines == [2, 2, 3, 4, 6]
+    head, body = len(tokenizer.encode(problem["header"])), len(problem["response"]) - 1
+    expected = [max(p - head, 0) for p in r3.evenly(head + body, 5)]
+    assert [len(given(s, problem)) for s in r3.start_states(problem, tokenizer, args)] == expected and expected[2] == 0 < expected[3]
 
 
 def test_builtin_problems_have_the_seam_of_their_demonstrations():
     for cot in ("text", "program"):
-        args, tokenizer = dataclasses.replace(ARGS, train_size=60, eval_size=10, cot=cot), r3.builtin_tokenizer(ARGS)
-        for problem in [r3.encode_record(r, tokenizer, args) for r in r3.load_problems(args)[0]]:
+        args = dataclasses.replace(ARGS, train_size=60, eval_size=10, cot=cot)
+        tokenizer = r3.builtin_tokenizer(args)
+        for problem in [r3.encode_problem(p, tokenizer, args) for p in r3.load_problems(args)[0]]:
             for state in r3.start_states(problem, tokenizer, args):
-                assert state["given"] == problem["response"][:len(state["given"])]
-                assert "####" not in tokenizer.decode(state["given"])
+                assert r3.sft_row(state)[0] == r3.sft_row(problem)[0]
+                assert "####" not in state["header"]
 
 
 def test_builtin_demonstrations_change_their_style_line_by_line():
-    sizes = {"text": set(), "program": set()}
-    for cot, problems in itertools.product(("text", "program"), ("numeric", "choice")):
-        args = dataclasses.replace(ARGS, train_size=80, eval_size=10, cot=cot, problems=problems)
-        tokenizer = r3.builtin_tokenizer(args)
-        train = r3.restyled([r3.encode_record(r, tokenizer, args) for r in r3.load_problems(args)[0]], tokenizer, args)
+    for cot in ("text", "program"):
+        args = dataclasses.replace(ARGS, train_size=80, eval_size=10, cot=cot)
+        tokenizer, sizes = r3.builtin_tokenizer(args), set()
+        train = [r3.encode_problem(p, tokenizer, args) for p in r3.load_problems(args)[0]]
         texts = [tokenizer.decode(p["response"][:-1]) for p in train]
-        answers = r3.read_answers(texts, train, args)
-        assert (r3.reward(answers, train, args) == 1).all()                              # right, however they are written
-        for problem in train:
-            assert problem["response"] == tokenizer.encode(tokenizer.decode(problem["response"][:-1])) + [tokenizer.eos_id]
-            lines = problem["cot"].split("\n")[2 if cot == "program" else 0:]
-            if problems == "choice" and cot == "text":
-                assert " , ".join(lines).endswith(f"{problem['gold']} ) {re.findall('= (.*)', problem['cot'])[-1]}")
-                lines.pop()                                                              # the line of the options
-            sizes[cot] |= {len(re.findall(" [+-] ", line)) for line in lines}
-    assert sizes == {"text": {0, 1}, "program": {0, 1}}                                  # x = 12: several operations at once
+        assert (r3.reward(r3.read_answers(texts, train, args), train, args) == 1).all()  # right, however they are written
+        for problem, text in zip(train, texts):
+            assert problem["response"] == tokenizer.encode(text) + [tokenizer.eos_id]
+            lines = problem["cot"].split("\n")[:-1 if cot == "program" else None]        # without the return
+            sizes |= {len(re.findall(" [+-] ", line)) for line in lines}
+            assert eval(re.sub("What is|[?]", "", problem["question"])) == problem["gold"]
+        assert sizes == {0, 1}                                                           # x = 12: several operations at once
+
+
+def test_the_style_of_demonstrations_leaves_the_questions_alone(monkeypatch):
+    args = dataclasses.replace(ARGS, train_size=50, eval_size=10)
+    questions = lambda: [[p["question"] for p in split] for split in r3.load_problems(args)]
+    before = questions()
+    monkeypatch.setattr(r3, "demonstration", lambda *_: ["1 + 1 = 2"])
+    assert questions() == before
+
+
+def test_a_record_is_of_either_form_and_its_answer_a_number():
+    same = {"question": "How many?", "cot": "9 + 9 = 18", "answer": "18", "gold": 18.0}
+    assert r3.parse_record({"question": "How many? ", "answer": "9 + 9 = 18\n#### 18"}, ARGS) == same
+    record = {"question": "How many?", "answer_cot": "9 + 9 = 18\n\nTherefore, the answer is <18>.", "answer_value": "18"}
+    assert r3.parse_record(record, ARGS) == same
+    program = dataclasses.replace(ARGS, cot="program")
+    assert r3.parse_record(record | {"answer_cot": REWORDED}, program)["cot"] == PROGRAM[PROGRAM.index("    a"):]
+    for raw, args, words in [(record | {"answer_value": "c"}, ARGS, "'c' is not a number"), ({"answer": "#### 18"}, ARGS, "`question`"),
+                             ({"question": "How many?", "answer": ["#### 18"]}, ARGS, "neither"),
+                             ({"question": "How many?", "answer": "#### 18"}, program, "--cot program")]:
+        with pytest.raises(InputError, match=words):
+            r3.parse_record(raw, args)
 
 
 def test_builtin_rollouts_start_from_problems_as_long_as_the_test():
     args = dataclasses.replace(ARGS, train_size=200, eval_size=20, operations_low=5, operations_high=8)
     tokenizer = r3.builtin_tokenizer(args)
-    train, _, test = [[r3.encode_record(r, tokenizer, args) for r in split] for split in r3.load_problems(args)]
-    starts = r3.all_starts(train, tiny(), tokenizer, dataclasses.replace(args, max_new_tokens=1))
+    train, _, test = [[r3.encode_problem(p, tokenizer, args) for p in split] for split in r3.load_problems(args)]
+    starts = r3.all_starts(train, r3.initial_policy(args)[0], tokenizer, args)
     operations = lambda problem: problem["question"].count(" + ") + problem["question"].count(" - ")
     assert min(map(operations, train)) == 1 and {operations(p) for p in test} == {5, 6, 7, 8}
     assert [states[0]["question"] for states in starts] == [p["question"] for p in train if operations(p) >= 5]
@@ -229,7 +266,7 @@ def test_weights_repeat_or_drop_starts():
 @pytest.mark.parametrize("weights", ["1,1", "1,1,1,1,x", "0,0,0,0,0", "1,1,1,1,-1", "1.5,1,1,1,1"])
 def test_wrong_weights_are_refused(weights):
     with pytest.raises(InputError, match="stage-weights"):
-        r3.all_starts([], tiny(), None, dataclasses.replace(ARGS, stage_weights=weights))
+        dataclasses.replace(ARGS, stage_weights=weights)
 
 
 def test_a_start_that_fills_the_context_is_refused():
@@ -237,10 +274,12 @@ def test_a_start_that_fills_the_context_is_refused():
     policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=200,
                            eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     problem = encoded(TEXT[1], tokenizer)
-    used = len(problem["prompt"]) + len(r3.start_states(problem, tokenizer, ARGS)[-1]["given"])
-    assert r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, train_data="x", max_new_tokens=200 - used))
-    with pytest.raises(InputError, match="last start state"):
-        r3.all_starts([problem], policy, tokenizer, dataclasses.replace(ARGS, train_data="x", max_new_tokens=201 - used))
+    used = len(r3.start_states(problem, tokenizer, ARGS)[-1]["prompt"])
+    fits, too_long = (dataclasses.replace(ARGS, train_data="x", max_new_tokens=n - used) for n in (200, 201))
+    assert r3.all_starts([problem], policy, tokenizer, fits)
+    with pytest.raises(InputError, match="takes 201 tokens"):
+        r3.all_starts([problem], policy, tokenizer, too_long)
+    assert r3.all_starts([problem], policy, tokenizer, dataclasses.replace(too_long, method="rl"))       # gives nothing
 
 
 # ---- outcomes ----------------------------------------------------------------------------------------------------------------
@@ -266,9 +305,10 @@ def test_svamp_pays_a_tenth_and_strict_reads_as_the_authors():
 def test_given_tokens_are_context_not_actions():
     """Prompt of 3 ids, 2 given, a response of 3: the mask marks the three sampled tokens, the outcome sits on the last."""
     policy, args = tiny(), dataclasses.replace(ARGS, max_new_tokens=3)
-    problem = {"prompt": [5, 6, 7], "given": [8, 9], "response": [8, 9, 2], "gold": 1.0, "stage": 1}
+    problem = {"prompt": [5, 6, 7, 8, 9], "header": "89", "response": [2], "gold": 1.0, "stage": 1}
     torch.manual_seed(1)
-    data, _ = r3.rollout(policy, policy, policy, [problem] * 6, Words(), args)
+    data, log = r3.rollout(policy, policy, policy, [problem] * 6, Words(), args)
+    assert log["sample"].startswith("89")                                    # the log shows what was given of the sample, too
     row = next(i for i in range(6) if data["response_mask"][i].sum() == 3)
     assert data["response_mask"][row].tolist() == [False] * 4 + [True] * 3
     assert data["tokens"][row, :5].tolist() == [5, 6, 7, 8, 9]
@@ -304,7 +344,7 @@ def outcome_of(module, out, **flags):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     other = re.compile("seconds|tokens_per_second|total_tokens|stage_")
     log = [{k: v for k, v in r.items() if not other.match(k)} for r in log]
-    return log, torch.load(out / "state.pt", weights_only=True)["policy"]
+    return log, torch.load(out / "state.pt", weights_only=True)["weights"]["policy"]
 
 
 @pytest.mark.parametrize("kl", ["k1", "exact"])
@@ -312,8 +352,8 @@ def test_rl_from_the_question_is_reft_bit_for_bit(kl, tmp_path, monkeypatch):
     """With ReFT's prompt, trigger and partial reward: warm-up, rollouts, updates, evaluation; every number and every weight."""
     for name in ("PROMPT", "ANSWER", "TRIGGER"):
         monkeypatch.setattr(r3, name, getattr(reft, name))
-    monkeypatch.setattr(r3, "restyled", lambda problems, tokenizer, args: problems)
-    ours, our_weights = outcome_of(r3, tmp_path / "r3", method="rl", kl=kl, zero_value=False)
+    monkeypatch.setattr(r3, "builtin_problem", lambda rng, operations, args: reft.builtin_problem(rng, operations, reft.Args()))
+    ours, our_weights = outcome_of(r3, tmp_path / "r3", method="rl", kl=kl)
     theirs, weights = outcome_of(reft, tmp_path / "reft", method="reft", kl=kl)
     assert ours == theirs and len(ours) == 4
     assert our_weights.keys() == weights.keys() and all(torch.equal(our_weights[k], weights[k]) for k in weights)
@@ -326,7 +366,7 @@ def test_the_demonstration_does_not_touch_rl_from_the_question():
     policy.add_value_head()
     records, found = r3.load_problems(args)[0], []
     for change in (lambda cot: cot, lambda cot: "1 + 1 = 2\n" + cot):
-        problems = [r3.encode_record(record | {"cot": change(record["cot"])}, tokenizer, args) for record in records]
+        problems = [r3.encode_problem(problem | {"cot": change(problem["cot"])}, tokenizer, args) for problem in records]
         batch = r3.draw_starts(r3.all_starts(problems, policy, tokenizer, args), 1, args)
         torch.manual_seed(0)
         found.append(r3.rollout(policy, policy, policy, batch, tokenizer, args)[0])
@@ -334,9 +374,9 @@ def test_the_demonstration_does_not_touch_rl_from_the_question():
 
 
 def test_evaluation_gives_nothing_of_the_demonstration():
-    """The dev and test problems that main evaluates come from prepare(): a demonstration in them is never given."""
+    """The dev and test problems that main evaluates come from prepare(): their prompt is the question's."""
     _, tokenizer, _, dev, test = r3.prepare(dataclasses.replace(ARGS, **SMALL))
-    assert all(problem["given"] == [] and "stage" not in problem for problem in dev + test)
+    assert not any(problem["header"] or "stage" in problem for problem in dev + test)
     assert all(p["prompt"] == tokenizer.encode(r3.PROMPT.format(question=p["question"])) for p in dev + test)
 
 
@@ -346,9 +386,8 @@ def test_main_evaluates_from_the_question_alone_and_values_start_at_zero(tmp_pat
     seen, evaluate = [], r3.evaluate
     monkeypatch.setattr(r3, "evaluate", lambda policy, problems, *rest: seen.extend(problems) or evaluate(policy, problems, *rest))
     log, _ = outcome_of(r3, tmp_path / "r3", method="r3", iterations=1, eval_every=1)
-    assert len(seen) > 20 and all(problem["given"] == [] and "stage" not in problem for problem in seen)
+    assert len(seen) > 20 and not any(problem["header"] or "stage" in problem for problem in seen)
     assert log[1]["explained_variance"] == 0                                             # V = 0: 1 - var(R - 0) / var(R)
-    assert outcome_of(r3, tmp_path / "random", method="r3", iterations=1, zero_value=False)[0][1]["explained_variance"] != 0
 
 
 def test_success_on_a_chain_of_ten_coins():
