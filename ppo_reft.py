@@ -27,6 +27,7 @@ Below: the flags, the paper, its loop (main), its baselines, and last what all f
 import argparse
 import atexit
 import copy
+import datetime
 import functools
 import hashlib
 import inspect
@@ -39,12 +40,16 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
+import textwrap
 import time
 import unicodedata
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal, get_args
@@ -117,10 +122,11 @@ class Args:
     def __post_init__(self):
         if self.rerank and not self.vote_k:
             raise InputError("--rerank chooses among the samples of --vote-k")
+        if self.cot == "program" and not find_spec("pydantic_monty"):
+            raise InputError("--cot program runs programs in pydantic-monty: pip install pydantic-monty")
 
 
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
-PROGRAM = 'def solution():\n    """{question}"""\n'         # for a rationale that is a program the prompt goes on with this
 ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
 TRIGGER = ANSWER                          # the last one in a response announces its answer
 
@@ -495,9 +501,11 @@ def parse_record(raw, args):
         raise InputError("a record needs a text `question`")
     if "answer_value" in raw:           # ReFT; its closing sentence gives way to ours, a program's first lines to the prompt's
         cot, answer = str(raw.get("answer_cot") or "").strip(), str(raw["answer_value"]).strip()
-        ours = HEADER if args.cot == "program" else r"\s*Therefore, the answer is <[^<>]*>\.?\s*$"
-        cot = re.sub(ours, "", cot, flags=re.S)
-    elif "####" in str(raw.get("answer")) and args.cot == "text":    # GSM8K
+        if args.cot == "text":
+            cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", cot)
+        elif cot and (cot := program_body(cot)) is None:
+            raise InputError("answer_cot holds no program with `def solution():`")
+    elif isinstance(raw.get("answer"), str) and "####" in raw["answer"] and args.cot == "text":          # GSM8K
         cot, _, answer = raw["answer"].rpartition("####")
         cot, answer = cot.strip(), re.sub(r",(?=\d{3}\b)", "", answer.strip())
     else:
@@ -515,7 +523,7 @@ def parse_record(raw, args):
 def encode_problem(problem, tokenizer, args):
     """Adds the ids of "prompt" and "response", the demonstration with its end token; "header": the prompt's part of a program."""
     program = args.cot == "program"
-    header = PROGRAM.format(question=problem["question"]) if program else ""
+    header = program_header(problem["question"]) if program else ""
     response = problem["cot"] if program else f"{problem['cot']}{ANSWER}{problem['answer']}"
     return problem | {"prompt": tokenizer.encode(PROMPT.format(question=problem["question"]) + header), "header": header,
                       "response": tokenizer.encode(response) + [tokenizer.eos_id]}
@@ -532,6 +540,19 @@ def read_answers(texts, problems, args):
     read = {str: read_letter, float: read_float if args.strict else read_number}
     found = [read[type(p["gold"])](answer) if isinstance(answer, str) else answer for answer, p in zip(found, problems)]
     return [answer if type(answer) is type(problem["gold"]) else None for answer, problem in zip(found, problems)]
+
+
+def judged(problems, where, args):
+    """The problems without those whose own program does not give their answer here (Monty runs a part of Python), named once."""
+    if args.cot == "text":
+        return problems
+    programs = [problem | {"header": program_header(problem["question"])} for problem in problems]
+    right = reward(read_answers([problem["cot"] for problem in problems], programs, args), problems, args) == 1
+    fails = [bool(problem["cot"]) and not runs for problem, runs in zip(problems, right.tolist())]
+    if any(fails):
+        names = [problem["question"][:40] for problem, fail in zip(problems, fails) if fail]
+        say(f"warning: {where}: {len(names)} problems are left out, whose own program does not give the answer here: {names}")
+    return [problem for problem, fail in zip(problems, fails) if not fail]
 
 
 def read_float(text):
@@ -586,43 +607,79 @@ def contradictions(data, texts, problems):
 
 # ==== programs ================================================================================================================
 
-HEADER = r'^def solution\(\):\s*""".*?"""\n'                         # of a program in a data file, which gives way to PROGRAM
-from concurrent.futures import ThreadPoolExecutor
-from decimal import Decimal
-from pydantic_monty import Monty, MontyError, MontySyntaxError
+def program_header(question):
+    r"""A program's def line and docstring, the question: what every rollout is given. A backslash, a quote at the end, \""" and
+    what no source text may hold are escaped; any other question stands there as it is."""
+    escaped = re.sub(r'\\|"(?=""|\Z)', r"\\\g<0>", question)
+    escaped = re.sub(r"[\0\r\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", escaped)
+    return f'def solution():\n    """{escaped}"""\n'
+
+
+def program_body(program):
+    """What follows the def line and docstring of a demonstration, with what precedes them (imports, helpers) moved inside; None
+    if it has no `def solution()`. program_header(question) + program_body(program) computes what the program does."""
+    program = re.sub("\r\n?", "\n", program)
+    head = re.search(r'^def solution\(\)[^\n]*:[ \t]*\n(?:\s*("""|\'\'\')(?:\\.|[^\\])*?\1[ \t]*\n)?', program, re.M)
+    return head and textwrap.indent(program[:head.start()], "    ") + program[head.end():]
+
+
+LIMITS = {"max_feed_duration_secs": 3, "max_memory": 256 << 20, "max_total_sleep_secs": 0, "max_recursion_depth": 10_000}
+POLICY = {"random_start": {"seed": 0}, "datetime": datetime.datetime(2024, 1, 1)}            # the same value in each run
+STRING = {name: text for name, text in vars(string).items() if isinstance(text, str) and name[0] != "_"}    # Monty has none
+
+
 def run_programs(programs: list[str]) -> list[float | str | None]:
-    """What `solution()` returns in each program: a float for a real number, a str, None for all else and for failures.
+    """What `solution()` returns in each program: a float for a real number, a str of at most 1000 characters, None for all else
+    and for failures; InputError where programs cannot be run at all.
 
-    Programs are hostile text. They run in Monty, an interpreter of a subset of Python written in Rust, in worker processes: no
-    files, network, processes or C extensions; 3 s and 256 MB each. Nothing of them is even parsed in this process.
+    Programs are hostile text. They run in Monty, an interpreter of a subset of Python written in Rust, in worker processes without
+    files, network or environment; one that dies is replaced. Nothing of a program is parsed here, and only a short text comes back.
     """
-    def run(program):
-        with suppress(MontyError, OverflowError, IndexError), pool.checkout(limits=LIMITS, os_policy=POLICY) as session:
-            return run_program(program, session)
-
-    with Monty() as pool, ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(run, programs))
-
-
-LIMITS = {"max_feed_duration_secs": 3, "max_memory": 256 << 20, "max_total_sleep_secs": 0}
-POLICY = {"random_start": {"seed": 0}}                               # the same value in each run
-
-
-def run_program(program, session):
-    """The value of one program: its longest prefix of lines that parses. What fails after solution was defined is prose."""
-    lines, feed = ["import math", *program.split("\n")], functools.partial(session.feed_run, print_callback=lambda *_: None)
-    while True:
+    with ExitStack() as stack:
         try:
-            feed("\n".join(lines))
-            break
+            from pydantic_monty import Monty
+            pool = stack.enter_context(Monty())
+        except (ImportError, RuntimeError) as error:         # not installed, or its workers cannot be started
+            raise InputError(f"programs need pydantic-monty (pip install pydantic-monty): {error}") from None
+        threads = stack.enter_context(ThreadPoolExecutor(min(os.cpu_count() or 1, 8)))
+        return list(threads.map(functools.partial(run_program, pool), programs))
+
+
+def run_program(pool, program):
+    """The value of one program, in a session of its own."""
+    from pydantic_monty import ExternalModule, MontyCrashedError, MontyError
+    for _ in range(2):
+        with pool.checkout(limits=LIMITS, os_policy=POLICY, external_modules={"string": ExternalModule(STRING)}) as session:
+            try:
+                found = printed_value(session, program)
+                if found[0] in "'\"":                        # the repr of a str
+                    return found[1:]
+                number = float(found[1:])
+                return number if math.isfinite(number) else None
+            except MontyCrashedError as error:
+                if error.timed_out:
+                    return None                              # else once more: Ctrl-C in a terminal ends the workers, too
+            except (MontyError, RuntimeError, IndexError, ValueError):       # of the program; a lost session; not UTF-8; "[18]"
+                return None
+
+
+def printed_value(session, program):
+    """The first character of the repr of what solution() returns, then its str. A program is the longest prefix of lines that
+    parses, in which what fails once solution is defined counts as prose."""
+    from pydantic_monty import MontyRuntimeError, MontySyntaxError
+    feed = functools.partial(session.feed_run, print_callback=lambda *_: None)
+    lines = ["import math", *re.split("\r\n?|\n", program)]
+    deadline, done = time.monotonic() + 1, False             # a text may have thousands of wrong lines
+    while not done and time.monotonic() < deadline:
+        try:
+            done = True
+            feed("\n".join([*lines, "None"]))                # None: what the last line yields, however large, stays there
         except MontySyntaxError as error:
-            del lines[min(len(lines), error.traceback()[-1].line) - 1:]
-        except MontyError:
-            break
-    value = feed("solution()")
-    if isinstance(value, str):
-        return value[:1000]
-    return float(value) if type(value) in (int, float, Decimal) and math.isfinite(value) else None
+            done = False
+            del lines[min(len(lines), error.traceback()[-1].line) - 1:]      # no prefix that holds the wrong line parses
+        except MontyRuntimeError:
+            pass
+    return feed('value = solution()\nf"{value!r:.1}" + f"{value}"[:1000]') if time.monotonic() < deadline else "no time"
 
 
 # ==== the same in all four scripts from here on: problems =====================================================================
@@ -670,7 +727,7 @@ def read_problems(path, args):
             problems.append(parse_record(record, args))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-    return problems
+    return judged(problems, path, args)
 
 
 def load_problems(args):

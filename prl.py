@@ -52,7 +52,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+import unicodedata
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -320,13 +321,13 @@ def warm_up(policy, rows, tokenizer, state, args):
     return load_checkpoint(folder)[0].to(args.device)
 
 
-# ==== baselines ==============================================================================================================
+# ==== baselines ===============================================================================================================
 
 # They stand in the paper's part: grpo, grpo-kl-reward, raft and prm as weights in token_advantages(), grpo-kl-loss as a term in
 # loss_fn(); base is the warm-up model.
 
 
-# ==== the paper's measures: avg@n and pass@k, on problems like the training's and on longer ones =============================
+# ==== the paper's measures: avg@n and pass@k, on problems like the training's and on longer ones ==============================
 
 def draw_samples(policy, problems, tokenizer, count, args):
     """`count` samples (ids, text, answer) of each problem at temperature 1, the same ones each time for one seed and policy."""
@@ -400,7 +401,7 @@ def hard_problems(policy, tokenizer, args):
         raise InputError(f"--operations-hard {high}: {error}") from None
 
 
-# ==== the task: problems, prompts, answers ===================================================================================
+# ==== the task: problems, prompts, answers ====================================================================================
 
 def demonstration(start, chain, rng, args):
     """The lines of a right solution. Annotators have two styles: a careful one does one operation a line; a hasty one, more
@@ -446,7 +447,7 @@ def parse_record(raw, args):
         cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", cot)
     elif isinstance(raw.get("answer"), str) and "####" in raw["answer"]:                 # GSM8K
         cot, _, answer = raw["answer"].rpartition("####")
-        cot, answer = cot.strip(), answer.strip().replace(",", "")
+        cot, answer = cot.strip(), re.sub(r",(?=\d{3}\b)", "", answer.strip())
     else:
         raise InputError("neither GSM8K's form (question, answer with a line '#### y') nor ReFT's (question, answer_cot, "
                          "answer_value)")
@@ -470,18 +471,9 @@ def read_answers(texts, problems, args):
     return [read_number(text.rpartition(TRIGGER)[2].strip().split("\n")[0]) if TRIGGER in text else None for text in texts]
 
 
-NUMBER = r"[-+]?\$?[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
-
-
-def read_number(text):
-    """The first number of a line after its last "=": signs, $, 1,000, decimals, exponents and a/b are read, units and a final
-    full stop ignored. None if there is none, or it is not finite."""
-    found = re.search(f"({NUMBER})(?: ?/ ?({NUMBER}))?", text.rpartition("=")[2])
-    if not found:
-        return None
-    over, under = [float(number.replace(",", "").replace("$", "")) for number in found.groups(default="1")]
-    value = over / under if under else math.nan
-    return value if math.isfinite(value) else None
+def judged(problems, where, args):
+    """All of them: an answer in words needs nothing that may be missing here."""
+    return problems
 
 
 def attempt(policy, problems, tokenizer, args, temperature):
@@ -535,7 +527,7 @@ def read_problems(path, args):
             problems.append(parse_record(record, args))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-    return problems
+    return judged(problems, path, args)
 
 
 def load_problems(args):
@@ -600,6 +592,62 @@ def initial_policy(args):
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     return policy.to(args.device), tokenizer
+
+
+# ==== numbers =================================================================================================================
+
+SCALES = {"hundred": 1e2, "thousand": 1e3, "k": 1e3, "lakh": 1e5, "million": 1e6, "crore": 1e7, "billion": 1e9, "bn": 1e9,
+          "trillion": 1e12}
+SCALE = rf"(?<![A-Za-z])(?ai:{'|'.join(SCALES)})s?(?<!K)\b"                    # 5k is 5000, but 300K, like 3M, may be in a unit
+DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"([-+] ?)?(?:(\d+) (?:and )?(?=\d\d? ?/ ?\d))?({DECIMAL}(?:[eE][-+]?\d+)?)"     # sign, whole, first,
+                    rf"(?: ?([/^]) ?\(?([-+]?{DECIMAL})\)?)?((?:[ -]?{SCALE}(?!-))*)")                # operator, second, scale
+# a number is not alone behind a name, call, operator or other item, nor in front of another number, an operator or a multiplier
+BEFORE = re.compile(rf"[\w.,)]$|\w\($|[-+*/^×÷—―][ (]*$|\b(?:and|or)[ (]+$|\b(?:half|root) of $|{SCALE} $|[\\√π∞±≠≤≥<>]")
+AFTER = re.compile(rf"[\d\\√π∞±≠≤≥<>^+*×÷]|{SCALE}|\bdozens?\b|\band a half\b|^[KMBT]\b|^[ -]?(?:half|halves|squared|cubed|pi|or|"
+                   r"and (?:an?|one|two|three)|(?:thir|four|fif|six|eigh|ten|hundred|thousand)(?:d|th)s?)\b")
+# one spelling for what has several: each pattern gives way to what stands beside it, in this order and in linear time
+SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in [
+    ("[\u00ad\u200b-\u200f\u2060\ufeff`]|<<[^<>]*>>", ""), ("[‐-–−]", "-"), ("[⁄∕]", "/"), ("[‘’ʼ]", "'"),
+    (r"\\[,;: ]|\\?~|\s+", " "), (r"\\!|\{(?=,\})|(?<=\{,)\}", ""), (r"[·⋅]|\\times|\\cdot", "×"),              # LaTeX: 1{,}000,
+    (r"\\[cdt]?frac ?(?:\{([-+\d., ]*)\}|(\d)) ?(?:\{([-+\d., ]*)\}|(\d))", r"\1\2/\3\4 "),                     # fractions,
+    (r"\\(?:text|math)[a-z]*|\\(?:boxed|left|right|displaystyle)(?![a-z])|\\(?![A-Za-z])", ""),                 # and wrappers
+    (r"\^? ?\{?\\circ\}?", "°"), ("[<>!]=", "≠"), (r"[=-]>|[≈→⇒]|\\approx", "="),
+    ("<([^<>]*)>", r" (\1) "), (r"[{[]", "("), (r"[]}]", ")"),
+    (r"(?<=\d)( ?)\*\*\1(?=[-+(\d])", "^"), (r"\*\*|__", ""),                                                   # 2**3, **18**
+    (r"(?<=\d) ?[xX×*] ?10 ?\^ ?\(?([-+]?\d+)\)?(?!\.?\d|\^)", r"e\1"),                                       # 1.5 x 10^3
+    (r"(?<![A-Za-z])([kcdm]?m|ft|in|yd|mi|feet|units?)(?:\)? ?\^\(?[23]\b\)?|[23]\b)", r"\1"),                  # 18 m^2, 18 m2
+    (r"(?<!\d)(?<!\d )(?:\b[A-Z]{1,2})?[$¢£¥₠-⃀] ?|\b(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|Rs\.?) ?(?=[-+.\d])", ""),
+    (r"\b(?i:minus|negative) (?=[\d.])", "-"),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3})+,\d+(?![.,]?\d)", lambda m: m[0].replace(".", "").replace(",", ".")),  # 1.234,5
+    (r"(?<![\d.,'_])(?<!\d )[1-9]\d{0,2}(?:([ ,'_])\d{3}(?:\1\d{3})*(?!\1?\d|(?<= \d{3}) ?/)|(?:\.\d{3}){2,}(?!\.?\d))",
+     lambda m: re.sub(r"\D", "", m[0])),                                                                        # 1,234
+    (r"(?<![\d.,(])(?<!\([-+ ])(0|\d+(?!,\d{3}(?!\d))),(\d+)(?![.,]?\d)", r"\1.\2"),                      # 3,5; (3,5) is a pair
+]]
+
+
+def read_number(text):
+    """The number after the last "=" of a line; None unless there is just one and it has one reading. Units, currency and % are
+    ignored; a comma before exactly three digits groups them, another is a decimal comma; points group in 1.234,5 and 1.234.567."""
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞]|\\[cdt]?frac)", " ", text)           # NFKC alone makes 21/2 of 2½, 23 of 2³, 52 of 5₂
+    text = re.sub("([⁻⁰¹²³⁴-⁹]+)|[₀-₉]", lambda m: ("^" if m[1] else "_") + m[0], text)
+    text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFKC", text))
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    *earlier, text = text.split("=")
+    found = NUMBER.search(text := text.strip(" *_"))
+    if not found or len(earlier) > 1 and re.search("[,;&]| and | or ", re.split(r"\d", earlier[-1])[-1]):       # x = 5, y = 6
+        return None
+    before, after, (sign, whole, first, operator, second, scale) = text[:found.start()], text[found.end():], found.groups("")
+    if BEFORE.search(before) or AFTER.search(after) or sign and operator == "^" or sign[1:] and re.search(r"[\w)] $", before):
+        return None                                                         # -2^2 has two readings, n - 5 is not a number
+    first, second = float(first), float(second or 1)
+    if whole and first >= second:
+        return None
+    with suppress(ArithmeticError):                                         # 1/0, 9^999
+        value = first ** second if operator == "^" else float(whole or 0) + first / second
+        value *= math.prod(SCALES[word.removesuffix("s")] for word in re.findall("[a-z]+", scale.lower()))
+        return (-value if "-" in sign else value) if math.isfinite(value) else None
 
 
 # ==== responses and their evaluation ==========================================================================================
@@ -832,13 +880,13 @@ def open_run(args):
             raise InputError(f"{out}: what --{name.replace('_', '-')} {getattr(args, name)} holds has changed since the run began")
     else:
         write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
         raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     return state
 
 

@@ -34,6 +34,7 @@ published start states. How staged RL shares out its iterations is ours. Layout 
 import argparse
 import atexit
 import copy
+import datetime
 import functools
 import hashlib
 import inspect
@@ -46,11 +47,16 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
+import textwrap
 import time
-from contextlib import contextmanager, nullcontext, suppress
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal, get_args
@@ -120,16 +126,17 @@ class Args:
         if self.stage_weights and not (re.fullmatch(r"\d+(,\d+)*", self.stage_weights) and re.search("[1-9]", self.stage_weights)
                                        and self.stage_weights.count(",") + 1 == self.stages):
             raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many whole numbers, not all 0")
+        if self.cot == "program" and not find_spec("pydantic_monty"):
+            raise InputError("--cot program runs programs in pydantic-monty: pip install pydantic-monty")
 
 
 PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
           "### Instruction:\n{question}\n\n### Response:\n")
-PROGRAM = 'def solution():\n    """{question}"""\n'         # for a rationale that is a program the prompt goes on with this
 ANSWER = "\n#### "                        # closes a rationale in words, followed by the answer
 TRIGGER = "####"                          # the last one in a response announces its answer
 
 
-# ==== the paper: start states ================================================================================================
+# ==== the paper: start states =================================================================================================
 
 def evenly(n, stages):
     """How many of a demonstration's n lines, or tokens, start k = 0 .. stages - 1 gives: none at k = 0, the last one never."""
@@ -181,7 +188,7 @@ def draw_starts(starts, iteration, args):
     return draw(pool, args.batch_size, iteration, args.seed)
 
 
-# ==== the paper: PPO as in ppo_reft.py =======================================================================================
+# ==== the paper: PPO as in ppo_reft.py ========================================================================================
 
 def reward(answers, problems, args):
     """Outcome of each response (B,): 1 for the right answer, args.partial_reward for another number, 0 for no answer."""
@@ -372,7 +379,7 @@ def add_critic(policy, args):
     return critic.to(args.device)
 
 
-# ==== baselines ==============================================================================================================
+# ==== baselines ===============================================================================================================
 
 # Staged RL and RL from the question alone are choices of draw_starts().
 
@@ -384,7 +391,7 @@ def sft_update(policy, rows, optimizer, iteration, steps, args):
     return {k: sum(step[k] for step in done) / steps for k in done[0]}
 
 
-# ==== start states: which problems have them, what came of them ==============================================================
+# ==== start states: which problems have them, what came of them ===============================================================
 
 def all_starts(problems, policy, tokenizer, args):
     """The start states of each problem [[k = 0, 1, ...], ...]; of built-in ones only those as long as the dev and test problems:
@@ -423,7 +430,7 @@ def plot_stages(args):
     picture.savefig(Path(args.out) / "stages.png", dpi=100)
 
 
-# ==== the task: problems, prompts, answers ===================================================================================
+# ==== the task: problems, prompts, answers ====================================================================================
 
 def demonstration(start, chain, rng, args):
     """The lines of a right solution, whose annotator chooses a style anew on each line: while four operations are left, to do
@@ -467,11 +474,13 @@ def parse_record(raw, args):
         raise InputError("a record needs a text `question`")
     if "answer_value" in raw:           # ReFT; its closing sentence gives way to ours, a program's first lines to the prompt's
         cot, answer = str(raw.get("answer_cot") or "").strip(), str(raw["answer_value"]).strip()
-        ours = HEADER if args.cot == "program" else r"\s*Therefore, the answer is <[^<>]*>\.?\s*$"
-        cot = re.sub(ours, "", cot, flags=re.S)
+        if args.cot == "text":
+            cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", cot)
+        elif cot and (cot := program_body(cot)) is None:
+            raise InputError("answer_cot holds no program with `def solution():`")
     elif isinstance(raw.get("answer"), str) and "####" in raw["answer"] and args.cot == "text":          # GSM8K
         cot, _, answer = raw["answer"].rpartition("####")
-        cot, answer = cot.strip(), answer.strip().replace(",", "")
+        cot, answer = cot.strip(), re.sub(r",(?=\d{3}\b)", "", answer.strip())
     else:
         raise InputError("neither GSM8K's form (question, answer with a line '#### y') nor ReFT's (question, answer_cot, "
                          "answer_value); --cot program needs ReFT's, with a program in answer_cot")
@@ -487,7 +496,7 @@ def parse_record(raw, args):
 def encode_problem(problem, tokenizer, args):
     """Adds the ids of "prompt" and "response", the demonstration with its end token; "header": the prompt's part of a program."""
     program = args.cot == "program"
-    header = PROGRAM.format(question=problem["question"]) if program else ""
+    header = program_header(problem["question"]) if program else ""
     response = problem["cot"] if program else f"{problem['cot']}{ANSWER}{problem['answer']}"
     return problem | {"prompt": tokenizer.encode(PROMPT.format(question=problem["question"]) + header), "header": header,
                       "response": tokenizer.encode(response) + [tokenizer.eos_id]}
@@ -499,27 +508,27 @@ def read_answers(texts, problems, args):
     if args.cot == "program":
         found = run_programs([problem["header"] + text for problem, text in zip(problems, texts)])
     else:
-        found = [text.rpartition(TRIGGER)[2].strip().split("\n")[0] if TRIGGER in text else None for text in texts]
+        found = [text.rpartition(TRIGGER)[2].strip() if TRIGGER in text else None for text in texts]
+        found = [text if args.strict else text and text.split("\n")[0] for text in found]   # strict: all that follows
     read = read_float if args.strict else read_number
     return [read(answer) if isinstance(answer, str) else answer for answer in found]
 
 
-NUMBER = r"[-+]?\$?[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
-
-
-def read_number(text):
-    """The first number of a line after its last "=": signs, $, 1,000, decimals, exponents and a/b are read, units and a final
-    full stop ignored. None if there is none, or it is not finite."""
-    found = re.search(f"({NUMBER})(?: ?/ ?({NUMBER}))?", text.rpartition("=")[2])
-    if not found:
-        return None
-    over, under = [float(number.replace(",", "").replace("$", "")) for number in found.groups(default="1")]
-    value = over / under if under else math.nan
-    return value if math.isfinite(value) else None
+def judged(problems, where, args):
+    """The problems without those whose own program does not give their answer here (Monty runs a part of Python), named once."""
+    if args.cot == "text":
+        return problems
+    programs = [problem | {"header": program_header(problem["question"])} for problem in problems]
+    right = reward(read_answers([problem["cot"] for problem in problems], programs, args), problems, args) == 1
+    fails = [bool(problem["cot"]) and not runs for problem, runs in zip(problems, right.tolist())]
+    if any(fails):
+        names = [problem["question"][:40] for problem, fail in zip(problems, fails) if fail]
+        say(f"warning: {where}: {len(names)} problems are left out, whose own program does not give the answer here: {names}")
+    return [problem for problem, fail in zip(problems, fails) if not fail]
 
 
 def read_float(text):
-    """What float() makes of the whole text, as in the authors' code."""
+    """What float() makes of all of text, as in the authors' code: nan and inf are numbers, "18 apples" is None."""
     with suppress(ValueError):
         return float(text)
 
@@ -530,45 +539,81 @@ def attempt(policy, problems, tokenizer, args, temperature):
     return measures(data, answers), texts[0]
 
 
-# ==== programs ===============================================================================================================
+# ==== programs ================================================================================================================
 
-HEADER = r'^def solution\(\):\s*""".*?"""\n'                         # of a program in a data file, which gives way to PROGRAM
-from concurrent.futures import ThreadPoolExecutor
-from decimal import Decimal
-from pydantic_monty import Monty, MontyError, MontySyntaxError
+def program_header(question):
+    r"""A program's def line and docstring, the question: what every rollout is given. A backslash, a quote at the end, \""" and
+    what no source text may hold are escaped; any other question stands there as it is."""
+    escaped = re.sub(r'\\|"(?=""|\Z)', r"\\\g<0>", question)
+    escaped = re.sub(r"[\0\r\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", escaped)
+    return f'def solution():\n    """{escaped}"""\n'
+
+
+def program_body(program):
+    """What follows the def line and docstring of a demonstration, with what precedes them (imports, helpers) moved inside; None
+    if it has no `def solution()`. program_header(question) + program_body(program) computes what the program does."""
+    program = re.sub("\r\n?", "\n", program)
+    head = re.search(r'^def solution\(\)[^\n]*:[ \t]*\n(?:\s*("""|\'\'\')(?:\\.|[^\\])*?\1[ \t]*\n)?', program, re.M)
+    return head and textwrap.indent(program[:head.start()], "    ") + program[head.end():]
+
+
+LIMITS = {"max_feed_duration_secs": 3, "max_memory": 256 << 20, "max_total_sleep_secs": 0, "max_recursion_depth": 10_000}
+POLICY = {"random_start": {"seed": 0}, "datetime": datetime.datetime(2024, 1, 1)}            # the same value in each run
+STRING = {name: text for name, text in vars(string).items() if isinstance(text, str) and name[0] != "_"}    # Monty has none
+
+
 def run_programs(programs: list[str]) -> list[float | str | None]:
-    """What `solution()` returns in each program: a float for a real number, a str, None for all else and for failures.
+    """What `solution()` returns in each program: a float for a real number, a str of at most 1000 characters, None for all else
+    and for failures; InputError where programs cannot be run at all.
 
-    Programs are hostile text. They run in Monty, an interpreter of a subset of Python written in Rust, in worker processes: no
-    files, network, processes or C extensions; 3 s and 256 MB each. Nothing of them is even parsed in this process.
+    Programs are hostile text. They run in Monty, an interpreter of a subset of Python written in Rust, in worker processes without
+    files, network or environment; one that dies is replaced. Nothing of a program is parsed here, and only a short text comes back.
     """
-    def run(program):
-        with suppress(MontyError, OverflowError, IndexError), pool.checkout(limits=LIMITS, os_policy=POLICY) as session:
-            return run_program(program, session)
-
-    with Monty() as pool, ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(run, programs))
-
-
-LIMITS = {"max_feed_duration_secs": 3, "max_memory": 256 << 20, "max_total_sleep_secs": 0}
-POLICY = {"random_start": {"seed": 0}}                               # the same value in each run
-
-
-def run_program(program, session):
-    """The value of one program: its longest prefix of lines that parses. What fails after solution was defined is prose."""
-    lines, feed = ["import math", *program.split("\n")], functools.partial(session.feed_run, print_callback=lambda *_: None)
-    while True:
+    with ExitStack() as stack:
         try:
-            feed("\n".join(lines))
-            break
+            from pydantic_monty import Monty
+            pool = stack.enter_context(Monty())
+        except (ImportError, RuntimeError) as error:         # not installed, or its workers cannot be started
+            raise InputError(f"programs need pydantic-monty (pip install pydantic-monty): {error}") from None
+        threads = stack.enter_context(ThreadPoolExecutor(min(os.cpu_count() or 1, 8)))
+        return list(threads.map(functools.partial(run_program, pool), programs))
+
+
+def run_program(pool, program):
+    """The value of one program, in a session of its own."""
+    from pydantic_monty import ExternalModule, MontyCrashedError, MontyError
+    for _ in range(2):
+        with pool.checkout(limits=LIMITS, os_policy=POLICY, external_modules={"string": ExternalModule(STRING)}) as session:
+            try:
+                found = printed_value(session, program)
+                if found[0] in "'\"":                        # the repr of a str
+                    return found[1:]
+                number = float(found[1:])
+                return number if math.isfinite(number) else None
+            except MontyCrashedError as error:
+                if error.timed_out:
+                    return None                              # else once more: Ctrl-C in a terminal ends the workers, too
+            except (MontyError, RuntimeError, IndexError, ValueError):       # of the program; a lost session; not UTF-8; "[18]"
+                return None
+
+
+def printed_value(session, program):
+    """The first character of the repr of what solution() returns, then its str. A program is the longest prefix of lines that
+    parses, in which what fails once solution is defined counts as prose."""
+    from pydantic_monty import MontyRuntimeError, MontySyntaxError
+    feed = functools.partial(session.feed_run, print_callback=lambda *_: None)
+    lines = ["import math", *re.split("\r\n?|\n", program)]
+    deadline, done = time.monotonic() + 1, False             # a text may have thousands of wrong lines
+    while not done and time.monotonic() < deadline:
+        try:
+            done = True
+            feed("\n".join([*lines, "None"]))                # None: what the last line yields, however large, stays there
         except MontySyntaxError as error:
-            del lines[min(len(lines), error.traceback()[-1].line) - 1:]
-        except MontyError:
-            break
-    value = feed("solution()")
-    if isinstance(value, str):
-        return value[:1000]
-    return float(value) if type(value) in (int, float, Decimal) and math.isfinite(value) else None
+            done = False
+            del lines[min(len(lines), error.traceback()[-1].line) - 1:]      # no prefix that holds the wrong line parses
+        except MontyRuntimeError:
+            pass
+    return feed('value = solution()\nf"{value!r:.1}" + f"{value}"[:1000]') if time.monotonic() < deadline else "no time"
 
 
 # ==== the same in all four scripts from here on: problems =====================================================================
@@ -616,7 +661,7 @@ def read_problems(path, args):
             problems.append(parse_record(record, args))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-    return problems
+    return judged(problems, path, args)
 
 
 def load_problems(args):
@@ -681,6 +726,62 @@ def initial_policy(args):
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     return policy.to(args.device), tokenizer
+
+
+# ==== numbers =================================================================================================================
+
+SCALES = {"hundred": 1e2, "thousand": 1e3, "k": 1e3, "lakh": 1e5, "million": 1e6, "crore": 1e7, "billion": 1e9, "bn": 1e9,
+          "trillion": 1e12}
+SCALE = rf"(?<![A-Za-z])(?ai:{'|'.join(SCALES)})s?(?<!K)\b"                    # 5k is 5000, but 300K, like 3M, may be in a unit
+DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"([-+] ?)?(?:(\d+) (?:and )?(?=\d\d? ?/ ?\d))?({DECIMAL}(?:[eE][-+]?\d+)?)"     # sign, whole, first,
+                    rf"(?: ?([/^]) ?\(?([-+]?{DECIMAL})\)?)?((?:[ -]?{SCALE}(?!-))*)")                # operator, second, scale
+# a number is not alone behind a name, call, operator or other item, nor in front of another number, an operator or a multiplier
+BEFORE = re.compile(rf"[\w.,)]$|\w\($|[-+*/^×÷—―][ (]*$|\b(?:and|or)[ (]+$|\b(?:half|root) of $|{SCALE} $|[\\√π∞±≠≤≥<>]")
+AFTER = re.compile(rf"[\d\\√π∞±≠≤≥<>^+*×÷]|{SCALE}|\bdozens?\b|\band a half\b|^[KMBT]\b|^[ -]?(?:half|halves|squared|cubed|pi|or|"
+                   r"and (?:an?|one|two|three)|(?:thir|four|fif|six|eigh|ten|hundred|thousand)(?:d|th)s?)\b")
+# one spelling for what has several: each pattern gives way to what stands beside it, in this order and in linear time
+SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in [
+    ("[\u00ad\u200b-\u200f\u2060\ufeff`]|<<[^<>]*>>", ""), ("[‐-–−]", "-"), ("[⁄∕]", "/"), ("[‘’ʼ]", "'"),
+    (r"\\[,;: ]|\\?~|\s+", " "), (r"\\!|\{(?=,\})|(?<=\{,)\}", ""), (r"[·⋅]|\\times|\\cdot", "×"),              # LaTeX: 1{,}000,
+    (r"\\[cdt]?frac ?(?:\{([-+\d., ]*)\}|(\d)) ?(?:\{([-+\d., ]*)\}|(\d))", r"\1\2/\3\4 "),                     # fractions,
+    (r"\\(?:text|math)[a-z]*|\\(?:boxed|left|right|displaystyle)(?![a-z])|\\(?![A-Za-z])", ""),                 # and wrappers
+    (r"\^? ?\{?\\circ\}?", "°"), ("[<>!]=", "≠"), (r"[=-]>|[≈→⇒]|\\approx", "="),
+    ("<([^<>]*)>", r" (\1) "), (r"[{[]", "("), (r"[]}]", ")"),
+    (r"(?<=\d)( ?)\*\*\1(?=[-+(\d])", "^"), (r"\*\*|__", ""),                                                   # 2**3, **18**
+    (r"(?<=\d) ?[xX×*] ?10 ?\^ ?\(?([-+]?\d+)\)?(?!\.?\d|\^)", r"e\1"),                                       # 1.5 x 10^3
+    (r"(?<![A-Za-z])([kcdm]?m|ft|in|yd|mi|feet|units?)(?:\)? ?\^\(?[23]\b\)?|[23]\b)", r"\1"),                  # 18 m^2, 18 m2
+    (r"(?<!\d)(?<!\d )(?:\b[A-Z]{1,2})?[$¢£¥₠-⃀] ?|\b(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|Rs\.?) ?(?=[-+.\d])", ""),
+    (r"\b(?i:minus|negative) (?=[\d.])", "-"),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3})+,\d+(?![.,]?\d)", lambda m: m[0].replace(".", "").replace(",", ".")),  # 1.234,5
+    (r"(?<![\d.,'_])(?<!\d )[1-9]\d{0,2}(?:([ ,'_])\d{3}(?:\1\d{3})*(?!\1?\d|(?<= \d{3}) ?/)|(?:\.\d{3}){2,}(?!\.?\d))",
+     lambda m: re.sub(r"\D", "", m[0])),                                                                        # 1,234
+    (r"(?<![\d.,(])(?<!\([-+ ])(0|\d+(?!,\d{3}(?!\d))),(\d+)(?![.,]?\d)", r"\1.\2"),                      # 3,5; (3,5) is a pair
+]]
+
+
+def read_number(text):
+    """The number after the last "=" of a line; None unless there is just one and it has one reading. Units, currency and % are
+    ignored; a comma before exactly three digits groups them, another is a decimal comma; points group in 1.234,5 and 1.234.567."""
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞]|\\[cdt]?frac)", " ", text)           # NFKC alone makes 21/2 of 2½, 23 of 2³, 52 of 5₂
+    text = re.sub("([⁻⁰¹²³⁴-⁹]+)|[₀-₉]", lambda m: ("^" if m[1] else "_") + m[0], text)
+    text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFKC", text))
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    *earlier, text = text.split("=")
+    found = NUMBER.search(text := text.strip(" *_"))
+    if not found or len(earlier) > 1 and re.search("[,;&]| and | or ", re.split(r"\d", earlier[-1])[-1]):       # x = 5, y = 6
+        return None
+    before, after, (sign, whole, first, operator, second, scale) = text[:found.start()], text[found.end():], found.groups("")
+    if BEFORE.search(before) or AFTER.search(after) or sign and operator == "^" or sign[1:] and re.search(r"[\w)] $", before):
+        return None                                                         # -2^2 has two readings, n - 5 is not a number
+    first, second = float(first), float(second or 1)
+    if whole and first >= second:
+        return None
+    with suppress(ArithmeticError):                                         # 1/0, 9^999
+        value = first ** second if operator == "^" else float(whole or 0) + first / second
+        value *= math.prod(SCALES[word.removesuffix("s")] for word in re.findall("[a-z]+", scale.lower()))
+        return (-value if "-" in sign else value) if math.isfinite(value) else None
 
 
 # ==== responses and their evaluation ==========================================================================================
@@ -913,13 +1014,13 @@ def open_run(args):
             raise InputError(f"{out}: what --{name.replace('_', '-')} {getattr(args, name)} holds has changed since the run began")
     else:
         write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
         raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     return state
 
 

@@ -24,7 +24,7 @@ from processes import NO_GPU, ROOT, SCRIPTS, Running
 SHARED = "# ==== the same in all four scripts from here on"
 # above that line: the papers' differences and those of their tasks, nothing else
 DIFFERS = {"Args", "reward", "rollout", "loss_fn", "main", "attempt", "demonstration", "builtin_problem", "builtin_tokenizer",
-           "parse_record", "encode_problem", "read_answers"}
+           "parse_record", "encode_problem", "read_answers", "judged"}
 
 TINY = ["--train-size", "64", "--warmup-epochs", "2", "--warmup-batch-size", "8", "--iterations", "3", "--batch-size", "8",
         "--minibatch-size", "8", "--micro-batch-size", "4", "--max-new-tokens", "12", "--eval-size", "8", "--eval-every", "3",
