@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import code_draft as score
-import programs_draft as programs
+import score
+import ppo_reft as programs
 from model import InputError
 
 run_programs = programs.run_programs
