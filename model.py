@@ -911,6 +911,7 @@ def load_checkpoint(folder):
     if c.eos_id is None or not 0 <= c.eos_id < c.vocab_size:
         raise InputError(f"{path}: eos_token_id is {c.eos_id}, the vocabulary has {c.vocab_size} ids")
     pads = (*_token_ids(raw, "pad_token_id", path), tokenizer.pad_id, c.eos_id)
+    _token_ids(raw, "bos_token_id", path)               # the tokenizer has its own say; only an odd value is refused
     c.pad_id = next(p for p in pads if p is not None and 0 <= p < c.vocab_size)
     tokenizer.eos_id, tokenizer.pad_id = c.eos_id, c.pad_id
     tokenizer.model_vocab_size = c.vocab_size

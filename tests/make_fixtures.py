@@ -71,7 +71,7 @@ def with_flags():
     tok = train_tokenizer(pre_tokenizers.Sequence([split(QWEN_SPLIT), byte_level(False)]), normalizers.NFC())
     for content, flags in [("<left>", dict(lstrip=True)), ("<right>", dict(rstrip=True)), ("sum", dict(single_word=True)),
                            ("caf\u1ebb", dict(normalized=True)), ("|a|", {}), ("<|a|>", dict(special=True)),
-                           ("<b|>", dict(lstrip=True, rstrip=True))]:
+                           ("<b|>", dict(lstrip=True, rstrip=True)), ("\t", dict(lstrip=True, rstrip=True))]:
         added_token(tok.backend_tokenizer, content, **flags)
     return tok
 
@@ -94,8 +94,10 @@ def sentencepiece(metaspace=None):
     tok = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tok.pre_tokenizer = pre_tokenizers.Metaspace(space)
     special = ["<unk>", "<s>", "</s>"]
-    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, limit_alphabet=30, show_progress=False,
-                                                        special_tokens=special + [f"<0x{b:02X}>" for b in range(256)]))
+    # as in Llama 2, a line break and most of what is not ASCII have no token of their own
+    lines = [line.encode("ascii", "ignore").decode().replace("\n", " ") for line in CORPUS]
+    tok.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=420, show_progress=False,
+                                                       special_tokens=special + [f"<0x{b:02X}>" for b in range(256)]))
     spec = json.loads(tok.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]     # the bytes are ordinary tokens
     tok = Tokenizer.from_str(json.dumps(spec))

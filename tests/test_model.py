@@ -202,7 +202,13 @@ def edit_config(**changes):
 
 def add_token(folder):
     spec = json.loads((folder / "tokenizer.json").read_text())
-    edit_json(folder / "tokenizer.json", added_tokens=spec["added_tokens"] + [dict(spec["added_tokens"][0], id=320, content="<tool>", special=False)])
+    added = dict(spec["added_tokens"][0], id=320, content="<tool>", special=False)
+    edit_json(folder / "tokenizer.json", added_tokens=spec["added_tokens"] + [added])
+
+
+def generation_without_end(folder):
+    edit_json(folder / "config.json", eos_token_id=None)
+    (folder / "generation_config.json").write_text('{"eos_token_id": []}')
 
 
 def add_tensor(name, *shape):
@@ -253,22 +259,28 @@ BROKEN = {                                              # what happens to a good
     "more ids than rows": (edit_config(vocab_size=300), ["tokenizer.json", "319", "300"]),
     "added token": (add_token, ["tokenizer.json", "'<tool>'", "320"]),
     "eos in the tokenizer": (lambda f: edit_json(f / "tokenizer_config.json", eos_token=["a"]), ["tokenizer"]),
-    "eos of generation": (lambda f: (edit_config(eos_token_id=None)(f), (f / "generation_config.json").write_text('{"eos_token_id": []}')),
-                          ["generation_config.json", "eos_token_id is []"]),
+    "eos of generation": (generation_without_end, ["generation_config.json", "eos_token_id is []"]),
     "deep nesting": (lambda f: (f / "config.json").write_text("[" * 100000), ["config.json", "not valid JSON"]),
     "an adapter beside": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_config.json", "adapter"]),
-    "rope by layer type": (edit_config(rope_parameters=dict(full_attention=dict(rope_theta=5.0))), ["config.json", "full_attention"]),
+    "rope by layer type": (edit_config(rope_parameters=dict(full_attention=dict(rope_theta=5.0))),
+                           ["config.json", "full_attention"]),
     "rope is a text": (edit_config(rope_scaling="linear"), ["config.json", "'linear'"]),
     "rope without a factor": (edit_config(rope_scaling=dict(LLAMA3_ROPE, factor=None)), ["config.json", "factor is None"]),
-    "rope lacks a value": (edit_config(rope_scaling={k: v for k, v in LLAMA3_ROPE.items() if k != "factor"}), ["config.json", "factor is missing"]),
-    "rope with a text": (edit_config(rope_scaling=dict(LLAMA3_ROPE, low_freq_factor="1")), ["config.json", "low_freq_factor is '1'"]),
-    "rope turned round": (edit_config(rope_scaling=dict(LLAMA3_ROPE, low_freq_factor=4.0)), ["config.json", "low_freq_factor"]),
-    "heads": (edit_config(num_attention_heads=3, num_key_value_heads=1, head_dim=None), ["config.json", "3 heads do not divide a width of 16"]),
+    "rope lacks a value": (edit_config(rope_scaling={k: v for k, v in LLAMA3_ROPE.items() if k != "factor"}),
+                           ["config.json", "factor is missing"]),
+    "rope with a text": (edit_config(rope_scaling=dict(LLAMA3_ROPE, low_freq_factor="1")),
+                         ["config.json", "low_freq_factor is '1'"]),
+    "rope turned round": (edit_config(rope_scaling=dict(LLAMA3_ROPE, low_freq_factor=4.0)),
+                          ["config.json", "low_freq_factor"]),
+    "heads": (edit_config(num_attention_heads=3, num_key_value_heads=1, head_dim=None),
+              ["config.json", "3 heads do not divide a width of 16"]),
     "key heads": (edit_config(num_key_value_heads=3), ["config.json", "3 key/value heads do not divide 4 heads"]),
     "odd head": (edit_config(head_dim=3), ["config.json", "a head has 3"]),
     "more layers than tensors": (edit_config(num_hidden_layers=10 ** 9), ["config.json", "1000000000 layers"]),
-    "a layer too many": (add_tensor("model.layers.2.input_layernorm.weight", 16), ["no place for the tensor model.layers.2.input_layernorm.weight"]),
-    "a bias": (add_tensor("model.layers.0.self_attn.q_proj.bias", 16), ["no place for the tensor model.layers.0.self_attn.q_proj.bias"]),
+    "a layer too many": (add_tensor("model.layers.2.input_layernorm.weight", 16),
+                         ["no place for the tensor model.layers.2.input_layernorm.weight"]),
+    "a bias": (add_tensor("model.layers.0.self_attn.q_proj.bias", 16),
+               ["no place for the tensor model.layers.0.self_attn.q_proj.bias"]),
     "an adapter inside": (add_tensor("model.layers.0.mlp.up_proj.lora_A.weight", 4, 16), ["no place", "up_proj.lora_A.weight"]),
     "a head of its own": (add_tensor("lm_head.weight", 320, 16), ["no place", "lm_head.weight"]),
     "a classifier": (add_tensor("score.weight", 2, 16), ["no place", "score.weight"]),
@@ -277,10 +289,12 @@ BROKEN = {                                              # what happens to a good
     "value head": (lambda f: save_file(dict(weight=torch.zeros(1, 8), bias=torch.zeros(1)), f / "value_head.safetensors"),
                    ["value_head.safetensors", "width 16"]),
 } | {f"{key} {value!r}": (edit_config(**{key: value}), ["config.json", f"{key} is {value!r}"]) for key, values in dict(
-    hidden_size=(0, -16, 16.0, "16", True, None, [16]), vocab_size=("320", 0, 10 ** 40), num_hidden_layers=(0, 2.0), num_attention_heads=(0, False),
-    num_key_value_heads=(0, "2"), head_dim=(0, 2.5, "4"), intermediate_size=(None, -1), max_position_embeddings=(0, "64"), rms_norm_eps=("1e-5", -1.0, True),
-    rope_theta=("1e4", 0, float("nan")), tie_word_embeddings=("true", 1), attention_bias=("no",), mlp_bias=(0,), use_sliding_window=("no",),
-    eos_token_id=([], "</s>", 5.0, True, [5, "6"], {}), pad_token_id=("<pad>", [], 1.5), model_type=([],)).items() for value in values}
+    hidden_size=(0, -16, 16.0, "16", True, None, [16]), vocab_size=("320", 0, 10 ** 40), num_hidden_layers=(0, 2.0),
+    num_attention_heads=(0, False), num_key_value_heads=(0, "2"), head_dim=(0, 2.5, "4"), intermediate_size=(None, -1),
+    max_position_embeddings=(0, "64"), rms_norm_eps=("1e-5", -1.0, True), rope_theta=("1e4", 0, float("nan")),
+    tie_word_embeddings=("true", 1), attention_bias=("no",), mlp_bias=(0,), use_sliding_window=("no",),
+    eos_token_id=([], "</s>", 5.0, True, [5, "6"], {}), pad_token_id=("<pad>", [], 1.5),
+    bos_token_id=("<s>", [], 1.5), model_type=([],)).items() for value in values}
 BROKEN["model_type []"] = (BROKEN["model_type []"][0], ["config.json", "model_type []"])
 
 
@@ -300,11 +314,13 @@ def test_broken_folders_are_refused_in_one_line(case, tmp_path):
 
 @pytest.mark.parametrize("name, tensors", [
     ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}), ("llama", {"lm_head.weight": None}),
-    ("gpt2", {"transformer.h.0.attn.bias": (1, 1, 64, 64), "transformer.h.1.attn.masked_bias": ()}), ("gpt2_bare", {"h.0.attn.bias": (1, 1, 64, 64)})])
+    ("gpt2", {"transformer.h.0.attn.bias": (1, 1, 64, 64), "transformer.h.1.attn.masked_bias": ()}),
+    ("gpt2_bare", {"h.0.attn.bias": (1, 1, 64, 64)})])
 def test_tensors_that_any_model_works_out_may_lie_there(name, tensors, tmp_path):
     folder = copy_fixture(tmp_path, name)
     before, stored = load_checkpoint(folder)[0], load_file(folder / "model.safetensors")
-    more = {key: stored["model.embed_tokens.weight"].clone() if shape is None else torch.ones(shape) for key, shape in tensors.items()}
+    more = {key: stored["model.embed_tokens.weight"].clone() if shape is None else torch.ones(shape)
+            for key, shape in tensors.items()}
     save_file(stored | more, folder / "model.safetensors")
     again = load_checkpoint(folder)[0]
     assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), again.state_dict().values(), strict=True))
@@ -332,7 +348,7 @@ def test_a_byte_order_mark_is_no_harm(tmp_path):
 def test_a_value_of_null_is_the_default(tmp_path):
     folder = copy_fixture(tmp_path)
     expected = load_checkpoint(folder)[0].config
-    edit_json(folder / "config.json", attention_bias=None, mlp_bias=None, rope_scaling=None, head_dim=None, layer_types=None, pad_token_id=3)
+    edit_json(folder / "config.json", attention_bias=None, mlp_bias=None, rope_scaling=None, head_dim=None, layer_types=None)
     assert load_checkpoint(folder)[0].config == expected
 
 
@@ -401,7 +417,8 @@ def edited(name, **changes):
 
 def split_by(*patterns, behavior="Isolated", invert=False):
     """tokenizer.json's pre-tokenizer of a byte-level BPE with these cuts."""
-    steps = [dict(type="Split", pattern=p if isinstance(p, dict) else {"Regex": p}, behavior=behavior, invert=invert) for p in patterns]
+    steps = [dict(type="Split", pattern=p if isinstance(p, dict) else {"Regex": p}, behavior=behavior, invert=invert)
+             for p in patterns]
     return dict(type="Sequence", pretokenizers=steps + [dict(type="ByteLevel", add_prefix_space=False, use_regex=False)])
 
 
@@ -412,7 +429,8 @@ def split_by(*patterns, behavior="Isolated", invert=False):
     (r"\d{1,3}(?=(\d{3})*\b)", "He 12345", ["He ", "12", "345"]),
     (r"[\p{Han}a]+", "学ab", ["学a", "b"]), (r"\p{^L}+", "a12b", ["a", "12", "b"]), (r"[^\P{L}a]+", "1ab", ["1a", "b"]),
     (r"[[:digit:]]+", "a1٣", ["a", "1٣"]), (r"\w+", "a①_é", ["a", "①", "_é"]), (r"\W", "a\u200db", ["a", "\u200d", "b"]),
-    (r" +$", "a \nb ", ["a", " ", "\nb", " "]), (r"^.", "ab\ncd", ["a", "b\n", "c", "d"]), (r"\A.|.\z", "ab\nc", ["a", "b\n", "c"]),
+    (r" +$", "a \nb ", ["a", " ", "\nb", " "]), (r"^.", "ab\ncd", ["a", "b\n", "c", "d"]),
+    (r"\A.|.\z", "ab\nc", ["a", "b\n", "c"]),
     (r"b\Z", "ab\n", ["a", "b", "\n"]), (r"\h+", "fg0", ["f", "g", "0"]), (r"\s+", "a\x1cb c", ["a\x1cb", " ", "c"]),
     (r"[\w&&[^b]]+", "abc", ["a", "b", "c"]), (r"a++b|(?>a|ab)c", "aabc", ["aab", "c"]), (r"\d{,2}", "123", ["12", "3"]),
     (r"\x{1F44D}|\u00e9|\x41", "A👍é", ["A", "👍", "é"]), (r"[#&~\-]+|\<", "a#&~-<", ["a", "#&~-", "<"]),
@@ -430,9 +448,9 @@ def test_what_a_pattern_leaves_out_can_be_dropped():
 
 
 @pytest.mark.parametrize("pattern", [
-    r"(a)\1", r"(?<n>a)\g<n>", r"(?i)ab", r"(?m).", r"(?x)a b", r"(?#a)b", r"(?i:[^a])", r"\Ga", r"a\Kb", r"\X", r"\R", r"\N", r"\O", r"(?~a)",
-    r"\Bb", r"a{2}?", r"a{1,2}+", r"a{e}", r"a{", r"a**", r"[[:punct:]]", r"[[:^digit:]]", r"[a--b]", r"[a||b]", r"[\b]", r"[]a]", r"[^]a]", r"[a",
-    r"(a", r"\p{Alphabetic}", r"\p{Nowhere}", r"\xc3", r"\a", "a\\"])
+    r"(a)\1", r"(?<n>a)\g<n>", r"(?i)ab", r"(?m).", r"(?x)a b", r"(?#a)b", r"(?i:[^a])", r"\Ga", r"a\Kb", r"\X", r"\R", r"\N",
+    r"\O", r"(?~a)", r"\Bb", r"a{2}?", r"a{1,2}+", r"a{e}", r"a{", r"a**", r"[[:punct:]]", r"[[:^digit:]]", r"[a--b]", r"[a||b]",
+    r"[\b]", r"[]a]", r"[^]a]", r"[a", r"(a", r"\p{Alphabetic}", r"\p{Nowhere}", r"\xc3", r"\a", "a\\"])
 def test_patterns_that_could_mean_something_else_are_refused(pattern):
     with pytest.raises(InputError, match="pattern") as error:
         edited("gpt2", pre_tokenizer=split_by(pattern))
@@ -444,15 +462,17 @@ def test_patterns_that_could_mean_something_else_are_refused(pattern):
     ("gpt2", dict(pre_tokenizer=split_by("a", behavior="MergedWithPrevious")), "MergedWithPrevious"),
     ("gpt2", dict(pre_tokenizer=split_by("a", behavior="MergedWithNext", invert=True)), "MergedWithNext"),
     ("gpt2", dict(pre_tokenizer=split_by("a", behavior="Contiguous")), "Contiguous"),
-    ("gpt2", dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Punctuation"), dict(type="ByteLevel", add_prefix_space=False)])),
+    ("gpt2", dict(pre_tokenizer=dict(split_by("a"), pretokenizers=[dict(type="Punctuation"), *split_by()["pretokenizers"]])),
      "Punctuation"),
     ("gpt2", dict(post_processor=dict(type="Unheard")), "Unheard"), ("gpt2", dict(model__dropout=0.1), "dropout"),
     ("gpt2", dict(model__merges=[["a"]]), "ValueError"), ("gpt2", dict(model__merges=[5]), "TypeError"),
     ("gpt2", dict(model__vocab={"a": 1.5}), "whole number"), ("gpt2", dict(model__vocab={"a": -1}), "whole number"),
     ("gpt2", dict(model__vocab={}, model__merges=[]), "tokenizer.json"), ("gpt2", dict(model=None), "tokenizer.json"),
-    ("gpt2", dict(added_tokens=[5]), "tokenizer.json"), ("gpt2", dict(model__vocab={"\ud800": 1}, model__merges=[]), "tokenizer.json"),
+    ("gpt2", dict(added_tokens=[5]), "tokenizer.json"),
+    ("gpt2", dict(model__vocab={"\ud800": 1}, model__merges=[]), "tokenizer.json"),
     ("gpt2", dict(normalizer=dict(type="Replace", pattern={"Regex": "a"}, content="b")), "Replace"),
-    ("llama2", dict(normalizer=dict(type="Prepend", prepend="_")), "Prepend"), ("llama2", dict(model__byte_fallback=False), "pre-tokenizer none"),
+    ("llama2", dict(normalizer=dict(type="Prepend", prepend="_")), "Prepend"),
+    ("llama2", dict(model__byte_fallback=False), "pre-tokenizer none"),
     ("llama2", dict(model__vocab={"a": 0}, model__merges=[]), "<0x00>"), ("llama2", dict(model__type="Unigram"), "Unigram"),
     ("llama2", dict(pre_tokenizer=dict(type="Metaspace", replacement="_")), "'_'")])
 def test_tokenizers_that_would_give_other_ids_are_refused(name, changes, word):
@@ -474,12 +494,12 @@ def test_a_vocabulary_of_characters_and_bytes():
     assert ids[1:] == [3 + b for b in "👍\t".encode()]
     assert tokenizer.space == b" " and tokenizer.decode(ids) == "a👍\t"       # the space before the text goes again
     assert tokenizer.decode(ids[1:]) == "👍\t" and tokenizer.decode(ids[:3]) == "a\ufffd"
-    assert edited("gpt2").space == edited("llama2_first", pre_tokenizer=dict(type="Metaspace", replacement="▁", prepend_scheme="never",
-                                                                             split=False)).space == b""
+    never = dict(type="Metaspace", replacement="▁", prepend_scheme="never", split=False)
+    assert edited("gpt2").space == edited("llama2_first", pre_tokenizer=never).space == b""
     # merges that reach over a space from the left: its words are no longer pieces
     merges = json.loads(tokenizer.files["tokenizer.json"])["model"]["merges"]
-    spaced = edited("llama2", model__merges=[["e", "▁"]] + merges, model__vocab=tokenizer._vocab | {"e▁": 362})
-    assert 362 in spaced.encode("one two") and spaced.decode(spaced.encode("one two")) == "one two"
+    spaced = edited("llama2", model__merges=[["e", "▁"]] + merges, model__vocab=tokenizer._vocab | {"e▁": 422})
+    assert 422 in spaced.encode("one two") and spaced.decode(spaced.encode("one two")) == "one two"
 
 
 def test_long_words_are_encoded_in_time():
@@ -492,12 +512,14 @@ def test_long_words_are_encoded_in_time():
 
 def template(*first, ids=None):
     items = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
-    return dict(type="TemplateProcessing", single=items + [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "end", "type_id": 0}}],
-                pair=[], special_tokens={t: dict(id=t, ids=ids or [len(t)], tokens=[t]) for t in (*first, "end")})
+    items += [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "end", "type_id": 0}}]
+    return dict(type="TemplateProcessing", single=items, pair=[],
+                special_tokens={t: dict(id=t, ids=ids or [len(t)], tokens=[t]) for t in (*first, "end")})
 
 
 @pytest.mark.parametrize("processor, first", [
-    (None, []), (dict(type="ByteLevel"), []), (template(), []), (template("ab"), [2]), (template("ab", "abc"), [2, 3]), (template("a", ids=[7, 8]), [7, 8]),
+    (None, []), (dict(type="ByteLevel"), []), (template(), []), (template("ab"), [2]), (template("ab", "abc"), [2, 3]),
+    (template("a", ids=[7, 8]), [7, 8]),
     (dict(type="Sequence", processors=[dict(type="ByteLevel"), template("ab")]), [2]),
     (dict(type="Sequence", processors=[template("a"), dict(type="Sequence", processors=[template("abc")])]), [3, 1]),
     (dict(type="RobertaProcessing", sep=["</s>", 2], cls=["<s>", 5]), [5])])
