@@ -12,20 +12,21 @@ The pad id is a filler and nothing else, masks come from lengths, so it may equa
 
 Letters: B rows, T tokens, C channels, H query heads, K key/value heads, D channels of a head, V vocabulary.
 """
+import heapq
+import itertools
 import json
 import math
 import os
 import re
-import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import regex
 import safetensors
 import safetensors.torch
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,7 +72,15 @@ class GPTConfig:
     def __post_init__(self):
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
         self.n_kv_head = self.n_kv_head or self.n_head
+        if min(self.vocab_size, self.max_len, self.n_layer, self.n_head, self.n_kv_head, self.n_embd) < 1:
+            raise InputError("a size of the model is below 1")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise InputError(f"{self.n_head} heads do not divide a width of {self.n_embd}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"{self.n_kv_head} key/value heads do not divide {self.n_head} heads")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise InputError(f"RoPE turns pairs of channels, a head has {self.head_dim}")
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd if self.mlp == "gelu" else math.ceil(self.n_embd / 3) * 8
         if (self.norm, self.positions, self.mlp) not in (("rms", "rope", "swiglu"), ("layer", "learned", "gelu")):
@@ -443,6 +452,62 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+METASPACE = "\u2581"                                    # SentencePiece's space
+SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
+
+# tokenizer.json's patterns are written for Oniguruma. What may stand in one, outside and inside of [..], and how the package
+# regex writes the same: None if likewise, else a text or a function of the match. All else is refused
+WORD = r"[[\w²³¹¼½¾]--[\u200c\u200d]]"                  # Oniguruma's \w, which in a class lacks ²³¹¼½¾
+EVERYWHERE = {
+    r"\\[sSdDrntfv]": None, r"\\h": "[0-9A-Fa-f]", r"\\H": "[^0-9A-Fa-f]",
+    r"\\([pP])\{(\^?)(\w\w?)\}": lambda m: rf"\{m[1]}{{{m[2]}gc={m[3]}}}",              # a general category
+    r"\\([pP])\{(\^?)(\w+)\}": lambda m: rf"\{m[1]}{{{m[2]}sc={m[3]}}}",                # a script
+    r"\\u([0-9A-Fa-f]{4})|\\x([0-7][0-9A-Fa-f])": lambda m: regex.escape(chr(int(m[1] or m[2], 16))),
+    r"\\x\{(0*[0-9A-Fa-f]{1,5})\}": lambda m: regex.escape(chr(int(m[1], 16))),
+    r"\\([!-/:-@\[-`{-~ ])": lambda m: regex.escape(m[1])}
+OUTSIDE = {
+    r"\[(?!\^?\])\^?": None, r"\(\?(?:[:=!>]|<[=!])": None, r"\((?!\?)": "(?:", r"[)|*+?]": None,
+    r"\(\?i:(?:[a-zA-Z'|]|\[[a-zA-Z]+\])*\)": None,     # the 's, 't, 're of English; more depends on who folds the case
+    r"\{\d+\}(?![?+])|\{\d+,\d*\}\??(?!\+)": None, r"\{(,\d+\}\??)(?!\+)": lambda m: "{0" + m[1],
+    r"\.": r"[^\n]", r"\^": r"(?:\A|(?<=\n)(?!\Z))", r"\$": r"(?=\n|\Z)", r"\\A": None, r"\\z": r"\Z", r"\\Z": r"(?=\n?\Z)",
+    r"\\w": WORD, r"\\W": f"[^{WORD}]", r"\\b": f"(?:(?<={WORD})(?!{WORD})|(?<!{WORD})(?={WORD}))",
+    r"[^\\(){}\[]": lambda m: regex.escape(m[0])}
+INSIDE = {
+    r"\\w": r"[\w--[\u200c\u200d]]", r"\\W": r"[^\w--[\u200c\u200d]]",
+    r"\[:digit:\]": r"\d", r"\[:space:\]": r"\s", r"\[:alpha:\]": r"\p{Alphabetic}", r"\[(?!\^?\]|:)\^?|\]|&&": None,
+    r"-(?!-)": None, r"(?!--|~~|\|\|)[^\\\[\]]": lambda m: regex.escape(m[0])}
+DIALECT = [[(re.compile(part), new) for part, new in rules.items()] for rules in (EVERYWHERE | OUTSIDE, EVERYWHERE | INSIDE)]
+
+
+def _translated(pattern: str) -> str:
+    """tokenizer.json's pattern as one of the package regex, without captures. ValueError for what has no counterpart there."""
+    at, depth, parts = 0, 0, []                         # depth of nested [..]
+    while at < len(pattern):
+        found = ((match, new) for part, new in DIALECT[depth > 0] if (match := part.match(pattern, at)))
+        match, new = next(found, (None, None))
+        if match is None:
+            raise ValueError(f"{pattern[at:at + 8]!r} in the pattern {pattern!r}")
+        parts.append(new(match) if callable(new) else new or match[0])
+        depth += (match[0] in ("[", "[^")) - (match[0] == "]" and depth > 0)
+        at = match.end()
+    return "".join(parts)
+
+
+def _splitter(pattern: str, keep_rest=True):
+    """text -> what matches tokenizer.json's pattern and, unless it is dropped, what lies between; some may be empty."""
+    pattern = _translated(pattern)
+    return regex.compile(f"({pattern})", regex.V1).split if keep_rest else regex.compile(pattern, regex.V1).findall
+
+
+def _quoted(text: str) -> str:
+    return re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", text)
+
+
+def _steps(part: dict | None, name: str) -> list[dict]:
+    """The steps of a normalizer, pre-tokenizer or post-processor of tokenizer.json: none, one, or those of a Sequence."""
+    if part is None:
+        return []
+    return [step for inner in part[name] for step in _steps(inner, name)] if part["type"] == "Sequence" else [part]
 
 
 def _byte_alphabet() -> list[str]:
@@ -452,46 +517,75 @@ def _byte_alphabet() -> list[str]:
     return [chr(b) if b in shown else chr(256 + hidden.index(b)) for b in range(256)]
 
 
-@cache
-def _ranges(category: str) -> str:
-    r"""The characters of \p{category} or, for "s", of \s, as the inside of a regex class."""
-    if category == "s":
-        return "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    points = [p for p in range(sys.maxunicode + 1) if unicodedata.category(chr(p)).startswith(category)]
-    starts = [p for p, before in zip(points, [-2, *points]) if p != before + 1]
-    ends = [p for p, after in zip(points, [*points[1:], -2]) if p != after - 1]
-    return "".join(rf"\U{a:08x}-\U{b:08x}" for a, b in zip(starts, ends))
+def _merge(symbols: str, ranks: dict) -> list[str]:
+    """Join neighbours in the order of the merges, the first pair from the left where one merge fits several."""
+    parts, n = list(symbols), len(symbols)
+    before, after = list(range(-1, n - 1)), list(range(1, n + 1))           # neighbours among the parts that are left
+    heap = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = after[i]
+        if j == n or ranks.get((parts[i], parts[j])) != rank:               # one of the two has been joined to another
+            continue
+        parts[i], parts[j] = parts[i] + parts[j], ""
+        after[i] = k = after[j]
+        if k < n:
+            before[k] = i
+        for left, right in ((before[i], i), (i, k)):
+            if left >= 0 and right < n and (new := ranks.get((parts[left], parts[right]))) is not None:
+                heapq.heappush(heap, (new, left))
+    return [part for part in parts if part]
 
 
-def _python_regex(pattern: str):
-    r"""tokenizer.json's regex in the dialect of re, which has no \p{..} and counts more characters as \s."""
-    inside, parts = False, []
-    for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
-        inside = part == "[" or (inside and part != "]")
-        if part.startswith(r"\p{") or part == r"\s":
-            ranges = _ranges(part[3:-1] or "s")
-            part = ranges if inside else f"[{ranges}]"
-        parts.append(part)
-    return re.compile(f"({''.join(parts)})")
+def _cut_out(text: str, finder):
+    """The text cut at added tokens: first a text, then in turn an id and a text; texts may be empty."""
+    done, (pattern, tokens) = 0, finder
+    for match in pattern.finditer(text) if tokens else ():
+        token, (start, end) = tokens[match[0]], match.span()
+        in_word = regex.match(r"\w", text[start - 1:start]) or regex.match(r"\w", text[end:end + 1])
+        if token.get("special") or token.get("single_word") and in_word:
+            continue
+        if token.get("lstrip"):
+            start = max(done, len(text[:start].rstrip(SPACES)))
+        if token.get("rstrip"):
+            end = len(text) - len(text[end:].lstrip(SPACES))
+        if start >= end:                                # a token of spaces that the one before has taken in
+            continue
+        yield text[done:start]
+        yield token["id"]
+        done = end
+    yield text[done:]
 
 
 class Tokenizer:
-    """Byte-level BPE, run by tiktoken, with the ids of the checkpoint's own tokenizer on any text.
+    """BPE over bytes, or over characters with bytes for those that the vocabulary lacks (Llama 2), with the ids of the
+    checkpoint's own tokenizer on any text.
 
     encode adds no BOS or EOS and reads special tokens in a text as plain text; decode spells special tokens out and
-    replaces incomplete UTF-8. files: the checkpoint's tokenizer files, name -> content, written back as they came.
+    replaces incomplete UTF-8. bos_ids: what the checkpoint puts before every text, so what a prompt starts with. space:
+    the bytes that encode puts before a text and decode takes away again, b" " for Llama 2. files: the checkpoint's
+    tokenizer files, name -> content, written back as they came.
     """
 
     def __init__(self, files: dict[str, str], source="tokenizer.json"):
         self.files, self.source = files, source
+        self.model_vocab_size = math.inf                # how many ids the model has, set by load_checkpoint
+        self._piece_ids = cache(self._encode_piece)     # texts have few different pieces
         spec = _parse(files["tokenizer.json"], source)
-        try:
-            self._read_model(spec["model"], spec.get("added_tokens") or [])
-            self._read_splits(spec)
-        except (KeyError, TypeError, AttributeError, re.error) as error:
-            raise InputError(f"{source}: not readable as a tokenizer ({type(error).__name__}: {error})") from error
         settings = _parse(files.get("tokenizer_config.json", "{}"), Path(source).with_name("tokenizer_config.json"))
-        self.eos_id, self.pad_id = (self._id_of(settings.get(name)) for name in ("eos_token", "pad_token"))
+        try:
+            self._read_normalizer(spec.get("normalizer"))
+            self._read_model(spec["model"])
+            self._read_splits(spec.get("pre_tokenizer"), spec["model"])
+            self._read_added(spec.get("added_tokens") or [])
+            self.bos_ids = self._first_ids(spec.get("post_processor"))
+            self.max_id = max(self._usable)             # of all that encode can give
+            self.eos_id, self.pad_id = (self._id_of(settings.get(name)) for name in ("eos_token", "pad_token"))
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
+            raise InputError(f"{source}: not readable as a tokenizer ({type(error).__name__}: {error})") from error
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
 
     @classmethod
@@ -509,8 +603,8 @@ class Tokenizer:
         vocab = {"".join(alphabet[b] for b in piece.encode()): i for i, piece in enumerate(pieces)}
         if len(vocab) < len(pieces) or "" in vocab or eos in pieces:
             raise InputError("the pieces of a vocabulary must be different, not empty and not the end token")
-        quoted = [re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", piece) for piece in sorted(pieces, key=len, reverse=True)]
-        split = dict(type="Split", pattern={"Regex": "|".join(quoted)}, behavior="Isolated", invert=False)
+        longest_first = "|".join(map(_quoted, sorted(pieces, key=len, reverse=True)))
+        split = dict(type="Split", pattern={"Regex": longest_first}, behavior="Isolated", invert=False)
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
         added = dict(id=len(pieces), content=eos, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
         # no merges: every piece that the split cuts out is looked up whole
@@ -524,95 +618,176 @@ class Tokenizer:
         return cls({name: json.dumps(content, indent=1) for name, content in files.items()}, "the built-in vocabulary")
 
     def _refuse(self, what):
-        raise InputError(f"{self.source}: {what}; supported: byte-level BPE (as in GPT-2, Llama 3, Qwen, SmolLM2)")
+        raise InputError(f"{self.source}: {what}; supported: byte-level BPE (as in GPT-2, Llama 3, Qwen, SmolLM2) and "
+                         "SentencePiece's BPE with byte fallback (Llama 2)")
 
-    def _read_model(self, model, added):
-        if model.get("byte_fallback") or model.get("type") == "Unigram":
-            self._refuse("a SentencePiece tokenizer")
+    def _read_normalizer(self, normalizer):
+        self._normalizers, self.space = [], b""
+        for step in _steps(normalizer, "normalizers"):
+            kind = step["type"]
+            if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+                self._normalizers.append(partial(unicodedata.normalize, kind))
+            elif kind == "Prepend" and step["prepend"] == METASPACE:
+                self._normalizers.append(lambda text: text and METASPACE + text)
+                self.space = b" "
+            elif kind == "Replace" and "String" in step["pattern"]:
+                self._normalizers.append(lambda text, old=step["pattern"]["String"], new=step["content"]: text.replace(old, new))
+            else:
+                self._refuse(f"normalizer {kind}")
+
+    def _normalize(self, text):
+        for change in self._normalizers:
+            text = change(text)
+        return text
+
+    def _read_model(self, model):
         if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
             self._refuse(f"a {model.get('type')} tokenizer, or one with a prefix or suffix inside words")
-        self._vocab, alphabet = model["vocab"], _byte_alphabet()
-        table = {ord(char): b for b, char in enumerate(alphabet)}
-        self._bytes = {}                                # id -> bytes
-        for token, i in self._vocab.items():
-            try:
-                self._bytes[i] = token.translate(table).encode("latin-1")
-            except UnicodeEncodeError:                  # not made of bytes: a special token listed in the vocabulary
-                self._bytes[i] = token.encode()
-        # tiktoken wants one number that is id and merge priority at once: it gets the priority, _ids turns it into the id
-        self._ids = [self._vocab.get(char, -1) for char in alphabet]
-        self._ranks = {bytes([b]): b for b in range(256)}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        by_priority = [self._vocab[left + right] for left, right in merges]
-        for i in by_priority + (sorted(self._bytes) if model.get("ignore_merges") else []):
-            if self._bytes[i] not in self._ranks:
-                self._ranks[self._bytes[i]] = len(self._ids)
-                self._ids.append(i)
-        self._added = {t["content"]: t["id"] for t in added}
+        if model.get("dropout"):
+            self._refuse(f"dropout {model['dropout']} of merges")
+        self._vocab, self._ignore_merges = model["vocab"], bool(model.get("ignore_merges"))
+        if not all(type(i) is int and i >= 0 for i in self._vocab.values()):
+            self._refuse("an id that is not a whole number")
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+        # every id that encode can give
+        self._usable = {self._vocab[part] for left, right in self._ranks for part in (left, right, left + right)}
+        if self._ignore_merges:
+            self._usable |= set(self._vocab.values())
+
+    def _read_splits(self, pre_tokenizer, model):
+        """What cuts a text into the pieces inside of which merges join."""
+        *steps, last = _steps(pre_tokenizer, "pretokenizers") or [{"type": "none"}]
+        self._scheme = None                             # before which texts a Metaspace puts a space: always, first, never
+        if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+            self._alphabet = _byte_alphabet()
+            self._usable |= {self._vocab[char] for char in self._alphabet if char in self._vocab}
+            table = {ord(char): b for b, char in enumerate(self._alphabet)}
+            self._bytes = {}                            # id -> bytes
+            for token, i in self._vocab.items():
+                try:
+                    self._bytes[i] = token.translate(table).encode("latin-1")
+                except UnicodeEncodeError:              # not made of bytes: a special token listed in the vocabulary
+                    self._bytes[i] = token.encode()
+            self._splits = [self._read_split(step) for step in steps]
+            if last.get("use_regex", True):
+                self._splits.append(_splitter(GPT2_SPLIT))
+        elif model.get("byte_fallback") and not steps and last["type"] in ("none", "Metaspace"):
+            self._alphabet = None
+            self._fallback = [self._vocab[f"<0x{b:02X}>"] for b in range(256)]
+            self._usable |= {*self._fallback, *(i for token, i in self._vocab.items() if len(token) == 1)}
+            self._bytes = {i: token.replace(METASPACE, " ").encode() for token, i in self._vocab.items()}
+            self._bytes |= {i: bytes([b]) for b, i in enumerate(self._fallback)}
+            if last["type"] == "Metaspace":
+                self._scheme = last.get("prepend_scheme") or ("always" if last.get("add_prefix_space", True) else "never")
+                self.space = b"" if self._scheme == "never" else b" "
+                if last["replacement"] != METASPACE:
+                    self._refuse(f"a Metaspace of {last['replacement']!r}")
+            if last.get("split", last["type"] == "Metaspace"):
+                self._splits = [_splitter(f"{METASPACE}[^{METASPACE}]*")]
+            else:
+                # the text is one piece; where no merge reaches over a space from the left, its words give the same ids
+                whole = self._ignore_merges or any(right[0] == METASPACE != left[-1] for left, right in self._ranks)
+                self._splits = [] if whole else [_splitter(f"{METASPACE}+[^{METASPACE}]*")]
+        else:
+            self._refuse(f"pre-tokenizer {last['type']} at the end, or ByteLevel with a prefix space")
+
+    def _read_split(self, step):
+        if step["type"] == "Digits":
+            return _splitter(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        kind, behavior = step["type"], step.get("behavior")
+        # the second is how tiktoken's patterns are written at times: what lies between the matches is dropped
+        if kind != "Split" or behavior != "Isolated" and (behavior, step["invert"]) != ("Removed", True):
+            self._refuse(f"pre-tokenizer {kind} {behavior or ''}")
+        pattern, literal = step["pattern"].get("Regex"), step["pattern"].get("String")
+        try:
+            return _splitter(pattern if literal is None else _quoted(literal), keep_rest=behavior == "Isolated")
+        except (ValueError, regex.error) as error:
+            self._refuse(f"the pattern {pattern!r} ({error})")
+
+    def _read_added(self, added):
+        self._added = {token["content"]: token["id"] for token in added if token["content"]}
         self._bytes |= {i: text.encode() for text, i in self._added.items()}
         self.vocab_size = max(self._bytes) + 1
-        # what is added but not special ("<think>" of Qwen3) is one token wherever it stands in a text
-        plain = sorted((t["content"] for t in added if not t.get("special")), key=len, reverse=True)
-        self._plain = re.compile(f"({'|'.join(map(re.escape, plain))})") if plain else None
+        # what is added but not special ("<think>" of Qwen3) is one token wherever it stands, in the text as it is or, if
+        # "normalized", in the normalised one. A special one is plain text, but no other begins inside of it
+        self._finders = []
+        for stage in (False, True):
+            tokens = {self._normalize(t["content"]) if stage else t["content"]: t
+                      for t in added if t["content"] and bool(t.get("normalized")) == stage}
+            longest_first = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+            plain = {token["id"] for token in tokens.values() if not token.get("special")}
+            self._finders.append((re.compile(longest_first), tokens if plain else {}))
+            self._usable |= plain
 
-    def _read_splits(self, spec):
-        normalizer = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
-        self._forms = [n["type"] for n in normalizer.get("normalizers", [normalizer])]
-        for form in self._forms:
-            if form not in ("NFC", "NFD", "NFKC", "NFKD"):
-                self._refuse(f"normalizer {form}")
-        pre = spec.get("pre_tokenizer") or {"type": "none"}
-        *steps, last = pre.get("pretokenizers", [pre])
-        if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-            self._refuse(f"pre-tokenizer {last['type']} at the end, or ByteLevel with a prefix space")
-        patterns = []
-        for step in steps:
-            if step["type"] == "Digits":
-                patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
-            elif step["type"] == "Split" and step["behavior"] == "Isolated":
-                given = step["pattern"]
-                patterns.append(given["Regex"] if "Regex" in given else re.escape(given["String"]))
+    def _first_ids(self, post_processor):
+        """What the post-processor puts before a text. What it puts after one is left to the scripts, as the end token."""
+        first = []
+        for step in _steps(post_processor, "processors"):
+            if step["type"] == "TemplateProcessing":
+                before = itertools.takewhile(lambda item: "SpecialToken" in item, step["single"])
+                own = [i for item in before for i in step["special_tokens"][item["SpecialToken"]["id"]]["ids"]]
+            elif step["type"] in ("RobertaProcessing", "BertProcessing"):
+                own = [step["cls"][1]]
+            elif step["type"] == "ByteLevel":
+                own = []
             else:
-                self._refuse(f"pre-tokenizer {step['type']} {step.get('behavior', '')}")
-        if last.get("use_regex", True):
-            patterns.append(GPT2_SPLIT)
-        # each step cuts within the pieces of the one before. tiktoken has one pattern: the last; re does those before
-        *before, pattern = patterns or [r"[\s\S]+"]
-        self._cuts = [_python_regex(p) for p in before]
-        # tiktoken drops what the pattern leaves out; the original keeps it as a piece
-        whole = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-        self._bpe = tiktoken.Encoding("model", pat_str=whole, mergeable_ranks=self._ranks, special_tokens={})
+                self._refuse(f"post-processor {step['type']}")
+            first = own + first                         # a later step goes around what the ones before it gave
+        return first
 
     def _id_of(self, token):
         text = token["content"] if isinstance(token, dict) else token
         return self._added.get(text, self._vocab.get(text))
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """bos_ids, then the text: what a row starts with. Raises InputError if the model has no embedding for a BOS."""
+        if max(self.bos_ids, default=0) >= self.model_vocab_size:
+            raise InputError(f"{self.source}: every text starts with the id {max(self.bos_ids)}, the model has "
+                             f"{self.model_vocab_size} ids")
+        return self.bos_ids + self.encode(text)
+
     def encode(self, text: str) -> list[int]:
         """Raises InputError if the vocabulary has no token for a character (small vocabularies only)."""
         ids = []
-        for i, part in enumerate(self._plain.split(text) if self._plain else [text]):
-            if i % 2:                                   # split() puts the separators at odd places
-                ids.append(self._added[part])
-                continue
-            for form in self._forms:
-                part = unicodedata.normalize(form, part)
-            pieces = [part]
-            for cut in self._cuts:
-                pieces = [p for piece in pieces for p in cut.split(piece) if p]
-            for piece in pieces:
-                ids += self._encode_piece(piece)
+        for i, given in enumerate(_cut_out(text, self._finders[0])):
+            for j, part in enumerate(_cut_out(self._normalize(given), self._finders[1]) if isinstance(given, str) else [given]):
+                if isinstance(part, int):               # an added token
+                    ids.append(part)
+                    continue
+                pieces = self._pieces(part, is_first=i == j == 0)
+                ids += itertools.chain.from_iterable(map(self._piece_ids, pieces))
         return ids
 
+    def _pieces(self, text, is_first):
+        if self._scheme:
+            text = text.replace(" ", METASPACE)
+            if text and text[0] != METASPACE and (self._scheme == "always" or is_first and self._scheme == "first"):
+                text = METASPACE + text
+        pieces = [text]
+        for split in self._splits:
+            pieces = itertools.chain.from_iterable(map(split, pieces))
+        return filter(None, pieces)
+
     def _encode_piece(self, piece):
-        ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(piece)]
-        if -1 in ids:
-            known = sum(len(self._bytes[i]) for i in ids[:ids.index(-1)])
-            char = piece.encode()[known:].decode("utf-8", "replace")[0]
-            raise InputError(f"{self.source}: the vocabulary has no token for {char!r}")
+        piece = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")      # half a surrogate pair has no bytes
+        symbols = "".join(self._alphabet[b] for b in piece.encode()) if self._alphabet else piece
+        if self._ignore_merges and symbols in self._vocab:
+            return [self._vocab[symbols]]
+        ids, done = [], 0
+        for part in _merge(symbols, self._ranks):
+            if part in self._vocab:
+                ids.append(self._vocab[part])
+            elif self._alphabet:
+                char = piece.encode()[done:].decode("utf-8", "replace")[0]
+                raise InputError(f"{self.source}: the vocabulary has no token for {char!r}")
+            else:
+                ids += [self._fallback[b] for b in part.encode()]
+            done += len(part)
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, ids)).removeprefix(self.space).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token; nothing for an id that only pads the embedding."""
@@ -638,7 +813,7 @@ FAMILIES = dict(gpt2="GPT2LMHeadModel", llama="LlamaForCausalLM", qwen2="Qwen2Fo
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")     # some editors put a byte order mark first
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file'}") from error
 
@@ -646,7 +821,7 @@ def _read(path: Path) -> str:
 def _parse(text: str, source) -> dict:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{source}: not a JSON object")
@@ -676,48 +851,81 @@ def _is_transposed(name: str) -> bool:
     return re.search(r"\.c_\w+\.weight$", name) is not None          # GPT-2's Conv1D stores (in, out)
 
 
+SIZE, NUMBER, FLAG = "a whole number above 0", "a number above 0", "true or false"      # what a value of config.json must be
+
+
 def _read_config(raw: dict, path: Path) -> GPTConfig:
     """GPTConfig of a Hugging Face config.json, without the end token."""
     def refuse(what, supported):
         raise InputError(f"{path}: {what} is not supported; supported: {supported}")
 
+    def take(key, kind, default=..., within=raw):
+        """The value of key; default, if there is one, where it is missing or null."""
+        value = within.get(key)
+        if value is None and default is not ...:
+            return default
+        if key not in within:
+            raise InputError(f"{path}: {key} is missing")
+        if not {SIZE: type(value) is int and 0 < value < 2 ** 31, FLAG: type(value) is bool,
+                NUMBER: type(value) in (int, float) and 0 < value < 1e30}[kind]:
+            raise InputError(f"{path}: {key} is {value!r}, not {kind}")
+        return value
+
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in list(FAMILIES):
         refuse(f"model_type {kind!r}", ", ".join(FAMILIES))
     if raw.get("quantization_config"):
         refuse("a quantised checkpoint", "float32, bfloat16, float16")
-    try:
-        if kind == "gpt2":
-            if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-                refuse(f"activation_function {raw['activation_function']!r}", "gelu_new")
-            if raw.get("scale_attn_by_inverse_layer_idx") or not raw.get("scale_attn_weights", True):
-                refuse("scaling attention by the layer", "1 / sqrt(head_dim)")
-            return GPTConfig(
-                raw["vocab_size"], 0, max_len=raw["n_positions"], n_layer=raw["n_layer"], n_head=raw["n_head"],
-                n_embd=raw["n_embd"], n_inner=raw.get("n_inner"), tied_head=raw.get("tie_word_embeddings", True),
-                norm="layer", norm_eps=raw.get("layer_norm_epsilon", 1e-5), positions="learned", mlp="gelu",
-                qkv_bias=True, out_bias=True, mlp_bias=True)
+    if kind == "gpt2":
+        if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+            refuse(f"activation_function {raw['activation_function']!r}", "gelu_new")
+        if take("scale_attn_by_inverse_layer_idx", FLAG, False) or not take("scale_attn_weights", FLAG, True):
+            refuse("scaling attention by the layer", "1 / sqrt(head_dim)")
+        fields = dict(
+            max_len=take("n_positions", SIZE), n_layer=take("n_layer", SIZE), n_head=take("n_head", SIZE),
+            n_embd=take("n_embd", SIZE), n_inner=take("n_inner", SIZE, None), tied_head=take("tie_word_embeddings", FLAG, True),
+            norm="layer", norm_eps=take("layer_norm_epsilon", NUMBER, 1e-5), positions="learned", mlp="gelu",
+            qkv_bias=True, out_bias=True, mlp_bias=True)
+    else:
         if raw.get("hidden_act", "silu") != "silu":
             refuse(f"hidden_act {raw['hidden_act']!r}", "silu")
-        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
+        if take("use_sliding_window", FLAG, False) or "sliding_attention" in str(raw.get("layer_types")):
             refuse("sliding-window attention", "full attention")
         # transformers 5 puts all of it into rope_parameters, before there were rope_theta and rope_scaling
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            refuse(f"RoPE with {rope!r}", "one object for all layers")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             refuse(f"rope type {rope_type!r}", "default, llama3")
-        scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        bias = bool(raw.get("attention_bias", False)) and kind != "qwen2"
-        return GPTConfig(
-            raw["vocab_size"], 0, max_len=raw["max_position_embeddings"], n_layer=raw["num_hidden_layers"],
-            n_head=raw["num_attention_heads"], n_kv_head=raw.get("num_key_value_heads"), head_dim=raw.get("head_dim"),
-            n_embd=raw["hidden_size"], n_inner=raw["intermediate_size"], tied_head=raw.get("tie_word_embeddings", False),
-            norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-            rope_scaling={key: rope[key] for key in scaling} if rope_type == "llama3" else None,
+        scaling = None
+        if rope_type == "llama3":
+            scaling = {key: take(key, NUMBER, within=rope) for key in
+                       ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+            if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+                raise InputError(f"{path}: low_freq_factor of RoPE is not below high_freq_factor: {rope!r}")
+        bias = take("attention_bias", FLAG, False) and kind != "qwen2"
+        fields = dict(
+            max_len=take("max_position_embeddings", SIZE), n_layer=take("num_hidden_layers", SIZE),
+            n_head=take("num_attention_heads", SIZE), n_kv_head=take("num_key_value_heads", SIZE, None),
+            head_dim=take("head_dim", SIZE, None), n_embd=take("hidden_size", SIZE), n_inner=take("intermediate_size", SIZE),
+            tied_head=take("tie_word_embeddings", FLAG, False), norm_eps=take("rms_norm_eps", NUMBER, 1e-6),
+            rope_theta=take("rope_theta", NUMBER, take("rope_theta", NUMBER, 10000.0), within=rope), rope_scaling=scaling,
             qkv_bias=kind == "qwen2" or bias, out_bias=bias, qk_norm=kind == "qwen3",
-            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)))
-    except KeyError as error:
-        raise InputError(f"{path}: {error} is missing") from error
+            mlp_bias=kind == "llama" and take("mlp_bias", FLAG, False))
+    try:
+        return GPTConfig(take("vocab_size", SIZE), 0, **fields)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _token_ids(raw: dict, key: str, path: Path) -> list[int]:
+    """A token of a config, which may be one id, a list of them or null."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not (ids and all(type(i) is int for i in ids)):
+        raise InputError(f"{path}: {key} is {value!r}, not the id of a token or a list of such")
+    return [] if value is None else ids
 
 
 def _open(file: Path):
@@ -728,11 +936,18 @@ def _open(file: Path):
         raise InputError(f"{file}: {problem}") from error
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _open_weights(folder: Path) -> dict:
     """Tensor name -> the open safetensors file that holds it."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists() and not single.exists():
-        files = [folder / name for name in sorted({*_parse(_read(index), index).get("weight_map", {}).values()})]
+        shards = _parse(_read(index), index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise InputError(f"{index}: weight_map does not name the file of each tensor")
+        files = [folder / name for name in sorted({*shards.values()})]
     elif not single.exists() and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
         raise InputError(f"{pickled[0]}: a pickle, which can run any code when opened; supported: model.safetensors")
     else:
@@ -755,46 +970,67 @@ def load_checkpoint(folder):
     raw = _parse(_read(path), path)
     c = _read_config(raw, path)
     if not (folder / "tokenizer.json").exists():
-        raise InputError(f"{folder / 'tokenizer.json'}: no such file; supported: byte-level BPE in a tokenizer.json, not a "
-                         "tokenizer.model (SentencePiece) or a pair of vocab.json and merges.txt")
+        raise InputError(f"{folder / 'tokenizer.json'}: no such file; supported: BPE in a tokenizer.json, byte-level BPE or "
+                         "Llama 2's, not a tokenizer.model (SentencePiece) or a pair of vocab.json and merges.txt")
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
 
-    eos = raw.get("eos_token_id")
-    if eos is None and generation.exists():
-        eos = _parse(_read(generation), generation).get("eos_token_id")
-    if isinstance(eos, list):
-        eos = tokenizer.eos_id if tokenizer.eos_id in eos else eos[0]
-    c.eos_id = tokenizer.eos_id if eos is None else eos
+    ends = _token_ids(raw, "eos_token_id", path)
+    if not ends and generation.exists():
+        ends = _token_ids(_parse(_read(generation), generation), "eos_token_id", generation)
+    c.eos_id = tokenizer.eos_id if tokenizer.eos_id in ends or not ends else ends[0]
     if c.eos_id is None or not 0 <= c.eos_id < c.vocab_size:
         raise InputError(f"{path}: eos_token_id is {c.eos_id}, the vocabulary has {c.vocab_size} ids")
-    pads = (raw.get("pad_token_id"), tokenizer.pad_id, c.eos_id)
+    pads = (*_token_ids(raw, "pad_token_id", path), tokenizer.pad_id, c.eos_id)
+    _token_ids(raw, "bos_token_id", path)               # the tokenizer has its own say; only an odd value is refused
     c.pad_id = next(p for p in pads if p is not None and 0 <= p < c.vocab_size)
     tokenizer.eos_id, tokenizer.pad_id = c.eos_id, c.pad_id
-    if max(tokenizer._ids) >= c.vocab_size:
-        raise InputError(f"{folder}: tokenizer.json has ids up to {max(tokenizer._ids)}, config.json {c.vocab_size} ids")
+    tokenizer.model_vocab_size = c.vocab_size
+    if tokenizer.max_id >= c.vocab_size:
+        raise InputError(f"{folder}: tokenizer.json gives {tokenizer.decode([tokenizer.max_id])!r} the id {tokenizer.max_id}, "
+                         f"config.json's vocab_size is {c.vocab_size}")
 
     where = _open_weights(folder)
-
-    def fetch(name, shape):
-        # a headless GPT-2 was saved without the prefix
-        stored = next((n for n in (name, name.removeprefix("transformer.")) if n in where), None)
-        if stored is None:
-            raise InputError(f"{folder}: the checkpoint has no tensor {name}")
-        tensor = where[stored].get_tensor(stored).float()
-        tensor = tensor.t() if _is_transposed(name) else tensor
-        if tensor.shape != shape:
-            raise InputError(f"{folder}: {stored} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
-        return tensor
-
+    if c.n_layer > len(where):                          # before they are built
+        raise InputError(f"{path}: {c.n_layer} layers, but the checkpoint has {len(where)} tensors")
     with torch.device("meta"):                          # shapes only: no random weights that are thrown away at once
         gpt = GPT(c)
-    state = {name: torch.cat([fetch(*part) for part in _hf_parts(c, name, tuple(p.shape))]).contiguous()
-             for name, p in gpt.state_dict().items()}
-    gpt.load_state_dict(state, assign=True)
+    parts = {name: _hf_parts(c, name, tuple(p.shape)) for name, p in gpt.state_dict().items()}
+    # a headless GPT-2 was saved without the prefix
+    stored = {part: next((n for n in (part, part.removeprefix("transformer.")) if n in where), None)
+              for part, _ in itertools.chain(*parts.values())}
+    if missing := [part for part, name in stored.items() if name is None]:
+        raise InputError(f"{folder}: the checkpoint has no tensor {_listed(missing)}")
+
+    def read(name):
+        tensor = where[name].get_tensor(name)
+        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(f"{folder}: {name} is stored as {tensor.dtype}; supported: float32, bfloat16, float16")
+        return tensor.float()
+
+    def fetch(part, shape):
+        name = stored[part]
+        tensor = read(name).t() if _is_transposed(part) else read(name)
+        if tensor.shape != shape:
+            raise InputError(f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
+        return tensor
+
+    # what no parameter takes is another model's, but for tables that any model works out and a copy of a tied embedding
+    unused = [name for name in where if name not in stored.values()
+              and not re.search(r"(^|\.)(rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias)$", name)]
+    if unused == ["lm_head.weight"] and torch.equal(read("lm_head.weight"), read(stored[parts["embed"][0][0]])):
+        unused = []
+    if unused:
+        raise InputError(f"{folder}: the model of config.json has no place for the tensor {_listed(unused)}")
+    if (path := folder / "adapter_config.json").exists():
+        raise InputError(f"{path}: an adapter that is not merged into the weights is not supported")
+    gpt.load_state_dict({name: torch.cat([fetch(*part) for part in parts[name]]).contiguous() for name in parts}, assign=True)
     if (path := folder / "value_head.safetensors").exists():
         gpt.add_value_head()
         opened = _open(path)
-        gpt.value_head.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})
+        try:
+            gpt.value_head.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})
+        except RuntimeError as error:
+            raise InputError(f"{path}: not the value head of a model of width {c.n_embd}") from error
     return gpt, tokenizer
 
 
@@ -803,7 +1039,8 @@ def save_checkpoint(folder, gpt: GPT, tokenizer: Tokenizer):
     the tokenizer's files; a value head goes into value_head.safetensors. Each file is replaced as a whole."""
     folder, c = Path(folder), gpt.config
     folder.mkdir(parents=True, exist_ok=True)
-    raw = dict(architectures=[FAMILIES[c.family]], model_type=c.family, vocab_size=c.vocab_size, bos_token_id=None,
+    raw = dict(architectures=[FAMILIES[c.family]], model_type=c.family, vocab_size=c.vocab_size,
+               bos_token_id=tokenizer.bos_ids[0] if tokenizer.bos_ids else None,
                eos_token_id=c.eos_id, pad_token_id=c.pad_id, tie_word_embeddings=c.tied_head,
                dtype="float32", torch_dtype="float32")      # transformers 5 and 4 call it so, and RoPE likewise
     if c.family == "gpt2":

@@ -31,6 +31,10 @@ TEXTS = [
     "👍👍🏽 👨‍👩‍👧 🇩🇪", "½ ² ① Ⅷ ٣٤ ५ 一二三", "\u00a0x\u2003y\u2028z\u0085w\u3000v", "\x1c\x1d\x1e\x1f|\x0b\x0c|\x00\x7f", "\u200b\u200d\ufeff",
     "<|endoftext|>", "a<|endoftext|>b <|im_start|>user\nhi<|im_end|>", "<think>\n2+2\n</think>4 <tool>", "<<<think>>> < think>",
     "(((((((((((((((((((())))))))))))))))))))", "a" * 50, " " * 33 + "a", "e" * 7 + "\u0301" * 3, "الكتاب १२३ \u0645\u064e", "ﬀ𝒳𝟘 𐐷",
+    "a  <left> b <left>c", "a <right>  b<right>c <right>", "x sum sums sum_ (sum) sum", "cafe\u0309 caf\u1ebbs <caf\u1ebb",
+    "<<|a|>|><|a|><b|>", "pay 1234567 or 12 of 123456.5", "one  \ntwo \n \n three ", "学校a12学x ٣a5² ①b_c\u200dd",
+    "<s>a</s> <unk><0x0A>", "  two  spaces ", "▁a▁▁b", "a<s>  b",
+    "abcabcabdd dcba abcd bcd aabbccdd abcdabcd bcdd", "\nabcd abcd",
 ]
 
 
@@ -56,12 +60,65 @@ def train_tokenizer(pre, normalizer=None, special_first=False, ignore_merges=Fal
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
+def added_token(tok, content, **flags):
+    special = flags.pop("special", False)
+    token = AddedToken(content, special=special, **dict(normalized=False) | flags)
+    (tok.add_special_tokens if special else tok.add_tokens)([token])
+
+
+def with_flags():
+    """Added tokens that take spaces in, stand for whole words only, are looked for after normalising, or hide others."""
+    tok = train_tokenizer(pre_tokenizers.Sequence([split(QWEN_SPLIT), byte_level(False)]), normalizers.NFC())
+    for content, flags in [("<left>", dict(lstrip=True)), ("<right>", dict(rstrip=True)), ("sum", dict(single_word=True)),
+                           ("caf\u1ebb", dict(normalized=True)), ("|a|", {}), ("<|a|>", dict(special=True)),
+                           ("<b|>", dict(lstrip=True, rstrip=True)), ("\t", dict(lstrip=True, rstrip=True))]:
+        added_token(tok.backend_tokenizer, content, **flags)
+    return tok
+
+
+def odd_merges():
+    """A merge of a and bc is not listed, nor one of ab and cd; abc and abcd come from other pairs. Of two merges that give
+    bcd the later one is never met. dcba is in the vocabulary and no merges lead to it."""
+    merges = [("a", "b"), ("c", "d"), ("ab", "c"), ("abc", "d"), ("b", "c"), ("bc", "d"), ("b", "cd"), ("a", "a"), ("d", "d")]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *dict.fromkeys(left + right for left, right in merges), "dcba"]
+    tok = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tok.pre_tokenizer, tok.decoder = byte_level(True), decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def sentencepiece(metaspace=None):
+    """Characters, and bytes for those that the vocabulary lacks, as in Llama 2; metaspace: how newer versions write it."""
+    space = "\u2581"
+    tok = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(space)
+    special = ["<unk>", "<s>", "</s>"]
+    # as in Llama 2, a line break and most of what is not ASCII have no token of their own
+    lines = [line.encode("ascii", "ignore").decode().replace("\n", " ") for line in CORPUS]
+    tok.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=420, show_progress=False,
+                                                       special_tokens=special + [f"<0x{b:02X}>" for b in range(256)]))
+    spec = json.loads(tok.to_str())
+    spec["added_tokens"] = spec["added_tokens"][:3]     # the bytes are ordinary tokens
+    tok = Tokenizer.from_str(json.dumps(spec))
+    tok.pre_tokenizer = metaspace
+    if metaspace is None:
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    tok.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(),
+                                     decoders.Strip(" ", 1, 0)])
+    added_token(tok, "<left>", lstrip=True)
+    added_token(tok, "<think>", normalized=True)
+    bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tok.post_processor = processors.Sequence([processors.ByteLevel(), bos])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="</s>", pad_token="<unk>", bos_token="<s>", unk_token="<unk>")
+
+
 def byte_level(use_regex):
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
-def split(pattern):
-    return pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
+def split(pattern, behavior="isolated", invert=False):
+    return pre_tokenizers.Split(Regex(pattern), behavior=behavior, invert=invert)
 
 
 TOKENIZERS = dict(
@@ -75,6 +132,16 @@ TOKENIZERS = dict(
     # three cuts in a row, the first two by regex: numbers, then letters of one script at a time
     chain=lambda: train_tokenizer(pre_tokenizers.Sequence([split(r"\p{N}{1,3}"), split(r"[一-龥ぁ-ゟ゠-ヿ]+|\s[^\s\p{L}]+"),
                                                            split(LLAMA3_SPLIT), byte_level(False)])),
+    # groups, anchors and classes that regex dialects read in different ways; digits in threes from the right
+    dialect=lambda: train_tokenizer(pre_tokenizers.Sequence([
+        split(r"\s+$"), split(r"\d{1,3}(?=(\d{3})*\b)"), split(r"([\p{Han}a]+)|[[:digit:]]{,2}|(?i:'ve|'ll)"),
+        split(r"(?=(\w\W)+x)"),
+        split(r"[^\S\n]+|[\p{L}\p{M}&&[^\p{Latin}]]+|\w++|[^\s\w]+|\n", "removed", True), byte_level(False)])),
+    flags=with_flags,
+    merges=odd_merges,
+    llama2=sentencepiece,
+    llama2_first=lambda: sentencepiece(pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    llama2_split=lambda: sentencepiece(pre_tokenizers.Metaspace(prepend_scheme="always", split=True)),
 )
 ROPE_LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=32)
@@ -128,7 +195,9 @@ def main():
         core = tokenizer.backend_tokenizer
         core.encode_special_tokens = True               # special tokens in a text are plain text
         ids = [core.encode(text, add_special_tokens=False).ids for text in TEXTS]
-        (folder / "expected.json").write_text(json.dumps(dict(texts=TEXTS, ids=ids)) + "\n")
+        expected = dict(texts=TEXTS, ids=ids, decoded=core.decode_batch(ids, skip_special_tokens=False),
+                        prompt=core.encode("a 1").ids, size=len(tokenizer), end=tokenizer.eos_token, filler=tokenizer.pad_token)
+        (folder / "expected.json").write_text(json.dumps(expected) + "\n")
         core.encode_special_tokens = False
     for seed, (name, (make, tokenizer, how)) in enumerate(CHECKPOINTS.items()):
         torch.manual_seed(seed)
