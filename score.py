@@ -353,7 +353,6 @@ def sft_update(policy, rows, optimizer, iteration, steps, args):
     return {k: sum(step[k] for step in done) / steps for k in done[0]}
 
 
-@torch.no_grad()
 def draw_traces(policy, batches, tokenizer, args):
     """Two-turn traces at temperature 1, [(problem, y1, y2)], and a dict to log."""
     traces = []
