@@ -208,8 +208,10 @@ class GPT(nn.Module):
         return F.linear(self(tokens), self.head_weight)
 
     def add_value_head(self):
-        """A new linear value head (torch's default init) on the trunk's hidden state."""
+        """A linear value head on the trunk's hidden state that starts at 0: a random one would pull at the trunk before the
+        policy has learned anything."""
         self.value_head = nn.Linear(self.config.n_embd, 1).to(self.embed.device)
+        nn.init.zeros_(self.value_head.weight), nn.init.zeros_(self.value_head.bias)
         self.config.value_head = True
 
     def values(self, hidden):

@@ -13,7 +13,7 @@ on the same questions: the model writes solutions of its own, their final answer
     whitening    A <- (A - mean A) / sqrt(var A + 1e-8), over all response tokens of a rollout    F6      whiten()
     policy loss  max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),   ratio = pi / pi_old           F7      loss_fn()
     value loss   1/2 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)                   F8      loss_fn()
-    total        L = L_policy + 5 L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
+    total        L = L_policy + a L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
 
 The paper numbers only its Eq. 1; F2 to F9 are ours. Whitening, the value clip and the sampled KL are not in the paper's text but
 in the authors' code (github.com/lqtrung1998/mwp_ReFT at bdc844e), which gave its numbers. Layout of all tensors: model.py.
@@ -42,6 +42,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,15 +74,15 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
+    train_size: int = 4000           # built-in training problems, of 1 to --operations-high operations
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 2           # passes over the training demonstrations (paper: 2); 0: none (needs --model)
+    warmup_epochs: int = 8           # passes over the training demonstrations; paper: 2 (7B), 10 (125M); 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
     warmup_lr: float = 2e-3          # peak; paper 1e-5 for a pretrained 7B model
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its updates; paper: 300 epochs of the training questions
+    iterations: int = 40             # rollouts, each with its updates; paper: 300 epochs of the training questions
     batch_size: int = 256            # questions an iteration; paper: 32 (7B), 256 (125M)
     minibatch_size: int = 256        # rows an optimiser step; paper: the whole batch
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
@@ -92,7 +93,7 @@ class Args:
     lam: float = 0.95                # paper's code: 0.95
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
-    vf_coef: float = 5.0             # alpha; paper: 5 (times the 1/2 of F8)
+    vf_coef: float = 1.0             # a; paper: 5 (times the 1/2 of F8), which leaves the policy a fifth of a clipped gradient
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: Literal["k1", "exact"] = "k1"    # sampled log-ratio in the reward (authors' code); exact: its conditional mean
     value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (paper); one of its own
@@ -313,7 +314,7 @@ def add_critic(policy, args):
     return critic.to(args.device)
 
 
-# ==== baselines ==============================================================================================================
+# ==== baselines ===============================================================================================================
 
 def baseline_start(policy, train, tokenizer, state, args):
     """From where a baseline starts, its rows, and its supervised steps an iteration: on as many rows as PPO takes. Offline
@@ -355,9 +356,9 @@ def online_st_update(policy, batch, data, optimizer, args):
 def draw_samples(policy, problems, tokenizer, count, args):
     """`count` samples (ids, text, answer) of each problem at temperature 1, the same ones each time for one seed and policy."""
     torch.manual_seed(args.seed)
-    samples = []
-    for i in tqdm(range(0, len(problems), args.batch_size), "samples", disable=None, leave=False):
-        batch = problems[i:i + args.batch_size]
+    samples, size = [], max(1, args.minibatch_size // count)                             # problems a batch
+    for i in tqdm(range(0, len(problems), size), "samples", disable=None, leave=False):
+        batch = problems[i:i + size]
         data, texts, answers = respond(policy, batch, tokenizer, args, group_size=count)
         drawn = list(zip(response_ids(data), texts, answers))
         samples += [drawn[j:j + count] for j in range(0, len(drawn), count)]
@@ -369,12 +370,12 @@ def self_training_rows(policy, train, tokenizer, args):
     rows = []
     for problem, samples in zip(train, draw_samples(policy, train, tokenizer, args.samples, args)):
         right = {text: ids for ids, text, answer in samples if reward([answer], [problem], args) == 1}
-        right.pop(problem["cot"], None)
-        rows += [sft_row(problem | {"response": ids}) for ids in list(right.values())[:args.keep]]
+        new = [ids for ids in right.values() if ids != problem["response"]]
+        rows += [sft_row(problem | {"response": ids}) for ids in new[:args.keep]]
     return rows
 
 
-# ==== voting and reranking ===================================================================================================
+# ==== voting and reranking ====================================================================================================
 
 def vote(answers):
     """The answer given most often, floats equal within 1e-2, of equally many the first seen; None is not counted."""
@@ -446,7 +447,7 @@ def choose(policy, warm, train, test, tokenizer, args):
     return found
 
 
-# ==== the task: problems, prompts, answers ===================================================================================
+# ==== the task: problems, prompts, answers ====================================================================================
 
 def demonstration(start, chain, rng, args):
     """The lines of a right solution. Annotators have two styles: a careful one does one operation a line; a hasty one, more
@@ -498,7 +499,7 @@ def parse_record(raw, args):
         cot = re.sub(ours, "", cot, flags=re.S)
     elif "####" in str(raw.get("answer")) and args.cot == "text":    # GSM8K
         cot, _, answer = raw["answer"].rpartition("####")
-        cot, answer = cot.strip(), answer.strip().replace(",", "")
+        cot, answer = cot.strip(), re.sub(r",(?=\d{3}\b)", "", answer.strip())
     else:
         raise InputError("neither GSM8K's form (question, answer with a line '#### y') nor ReFT's (question, answer_cot, "
                          "answer_value); --cot program needs ReFT's, with a program in answer_cot")
@@ -526,28 +527,15 @@ def read_answers(texts, problems, args):
     if args.cot == "program":
         found = run_programs([problem["header"] + text for problem, text in zip(problems, texts)])
     else:
-        found = [text.rpartition(TRIGGER)[2].strip().split("\n")[0] if TRIGGER in text else None for text in texts]
+        found = [text.rpartition(TRIGGER)[2].strip() if TRIGGER in text else None for text in texts]
+        found = [text if args.strict else text and text.split("\n")[0] for text in found]   # strict: all that follows
     read = {str: read_letter, float: read_float if args.strict else read_number}
     found = [read[type(p["gold"])](answer) if isinstance(answer, str) else answer for answer, p in zip(found, problems)]
     return [answer if type(answer) is type(problem["gold"]) else None for answer, problem in zip(found, problems)]
 
 
-NUMBER = r"[-+]?\$?[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
-
-
-def read_number(text):
-    """The first number of a line after its last "=": signs, $, 1,000, decimals, exponents and a/b are read, units and a final
-    full stop ignored. None if there is none, or it is not finite."""
-    found = re.search(f"({NUMBER})(?: ?/ ?({NUMBER}))?", text.rpartition("=")[2])
-    if not found:
-        return None
-    over, under = [float(number.replace(",", "").replace("$", "")) for number in found.groups(default="1")]
-    value = over / under if under else math.nan
-    return value if math.isfinite(value) else None
-
-
 def read_float(text):
-    """What float() makes of the whole text, as in the authors' code."""
+    """What float() makes of all of text, as in the authors' code: nan and inf are numbers, "18 apples" is None."""
     with suppress(ValueError):
         return float(text)
 
@@ -558,7 +546,7 @@ def attempt(policy, problems, tokenizer, args, temperature):
     return measures(data, answers) | contradictions(data, texts, problems), texts[0]
 
 
-# ==== multiple choice ========================================================================================================
+# ==== multiple choice =========================================================================================================
 
 CHOICE = ['"abcde"[[', "].index(x)]"]                                # pieces of the letter that a program returns
 
@@ -578,8 +566,8 @@ def with_options(problem, rng, args):
 
 
 def read_letter(text):
-    """The only letter of text, lower-case; None if there is more or less than one."""
-    found = re.fullmatch("[^a-z]*([a-z])[^a-z]*", text.lower())
+    """The only letter of text, lower-case, beside LaTeX's commands and "option"; None if there is more or less than one."""
+    found = re.fullmatch(r"(?:option|choice|answer)?[^a-z]*([a-z])[^a-z]*", re.sub(r"\\[a-z]+", "", text.lower()))
     return found and found[1]
 
 
@@ -596,7 +584,7 @@ def contradictions(data, texts, problems):
                                for outcome, text, problem in zip(data["outcomes"].tolist(), texts, problems)]}
 
 
-# ==== programs ===============================================================================================================
+# ==== programs ================================================================================================================
 
 HEADER = r'^def solution\(\):\s*""".*?"""\n'                         # of a program in a data file, which gives way to PROGRAM
 from concurrent.futures import ThreadPoolExecutor
@@ -747,6 +735,62 @@ def initial_policy(args):
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     return policy.to(args.device), tokenizer
+
+
+# ==== numbers =================================================================================================================
+
+SCALES = {"hundred": 1e2, "thousand": 1e3, "k": 1e3, "lakh": 1e5, "million": 1e6, "crore": 1e7, "billion": 1e9, "bn": 1e9,
+          "trillion": 1e12}
+SCALE = rf"(?<![A-Za-z])(?ai:{'|'.join(SCALES)})s?(?<!K)\b"                    # 5k is 5000, but 300K, like 3M, may be in a unit
+DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"([-+] ?)?(?:(\d+) (?:and )?(?=\d\d? ?/ ?\d))?({DECIMAL}(?:[eE][-+]?\d+)?)"     # sign, whole, first,
+                    rf"(?: ?([/^]) ?\(?([-+]?{DECIMAL})\)?)?((?:[ -]?{SCALE}(?!-))*)")                # operator, second, scale
+# a number is not alone behind a name, call, operator or other item, nor in front of another number, an operator or a multiplier
+BEFORE = re.compile(rf"[\w.,)]$|\w\($|[-+*/^×÷—―][ (]*$|\b(?:and|or)[ (]+$|\b(?:half|root) of $|{SCALE} $|[\\√π∞±≠≤≥<>]")
+AFTER = re.compile(rf"[\d\\√π∞±≠≤≥<>^+*×÷]|{SCALE}|\bdozens?\b|\band a half\b|^[KMBT]\b|^[ -]?(?:half|halves|squared|cubed|pi|or|"
+                   r"and (?:an?|one|two|three)|(?:thir|four|fif|six|eigh|ten|hundred|thousand)(?:d|th)s?)\b")
+# one spelling for what has several: each pattern gives way to what stands beside it, in this order and in linear time
+SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in [
+    ("[\u00ad\u200b-\u200f\u2060\ufeff`]|<<[^<>]*>>", ""), ("[‐-–−]", "-"), ("[⁄∕]", "/"), ("[‘’ʼ]", "'"),
+    (r"\\[,;: ]|\\?~|\s+", " "), (r"\\!|\{(?=,\})|(?<=\{,)\}", ""), (r"[·⋅]|\\times|\\cdot", "×"),              # LaTeX: 1{,}000,
+    (r"\\[cdt]?frac ?(?:\{([-+\d., ]*)\}|(\d)) ?(?:\{([-+\d., ]*)\}|(\d))", r"\1\2/\3\4 "),                     # fractions,
+    (r"\\(?:text|math)[a-z]*|\\(?:boxed|left|right|displaystyle)(?![a-z])|\\(?![A-Za-z])", ""),                 # and wrappers
+    (r"\^? ?\{?\\circ\}?", "°"), ("[<>!]=", "≠"), (r"[=-]>|[≈→⇒]|\\approx", "="),
+    ("<([^<>]*)>", r" (\1) "), (r"[{[]", "("), (r"[]}]", ")"),
+    (r"(?<=\d)( ?)\*\*\1(?=[-+(\d])", "^"), (r"\*\*|__", ""),                                                   # 2**3, **18**
+    (r"(?<=\d) ?[xX×*] ?10 ?\^ ?\(?([-+]?\d+)\)?(?!\.?\d|\^)", r"e\1"),                                       # 1.5 x 10^3
+    (r"(?<![A-Za-z])([kcdm]?m|ft|in|yd|mi|feet|units?)(?:\)? ?\^\(?[23]\b\)?|[23]\b)", r"\1"),                  # 18 m^2, 18 m2
+    (r"(?<!\d)(?<!\d )(?:\b[A-Z]{1,2})?[$¢£¥₠-⃀] ?|\b(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|Rs\.?) ?(?=[-+.\d])", ""),
+    (r"\b(?i:minus|negative) (?=[\d.])", "-"),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3})+,\d+(?![.,]?\d)", lambda m: m[0].replace(".", "").replace(",", ".")),  # 1.234,5
+    (r"(?<![\d.,'_])(?<!\d )[1-9]\d{0,2}(?:([ ,'_])\d{3}(?:\1\d{3})*(?!\1?\d|(?<= \d{3}) ?/)|(?:\.\d{3}){2,}(?!\.?\d))",
+     lambda m: re.sub(r"\D", "", m[0])),                                                                        # 1,234
+    (r"(?<![\d.,(])(?<!\([-+ ])(0|\d+(?!,\d{3}(?!\d))),(\d+)(?![.,]?\d)", r"\1.\2"),                      # 3,5; (3,5) is a pair
+]]
+
+
+def read_number(text):
+    """The number after the last "=" of a line; None unless there is just one and it has one reading. Units, currency and % are
+    ignored; a comma before exactly three digits groups them, another is a decimal comma; points group in 1.234,5 and 1.234.567."""
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞]|\\[cdt]?frac)", " ", text)           # NFKC alone makes 21/2 of 2½, 23 of 2³, 52 of 5₂
+    text = re.sub("([⁻⁰¹²³⁴-⁹]+)|[₀-₉]", lambda m: ("^" if m[1] else "_") + m[0], text)
+    text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFKC", text))
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    *earlier, text = text.split("=")
+    found = NUMBER.search(text := text.strip(" *_"))
+    if not found or len(earlier) > 1 and re.search("[,;&]| and | or ", re.split(r"\d", earlier[-1])[-1]):       # x = 5, y = 6
+        return None
+    before, after, (sign, whole, first, operator, second, scale) = text[:found.start()], text[found.end():], found.groups("")
+    if BEFORE.search(before) or AFTER.search(after) or sign and operator == "^" or sign[1:] and re.search(r"[\w)] $", before):
+        return None                                                         # -2^2 has two readings, n - 5 is not a number
+    first, second = float(first), float(second or 1)
+    if whole and first >= second:
+        return None
+    with suppress(ArithmeticError):                                         # 1/0, 9^999
+        value = first ** second if operator == "^" else float(whole or 0) + first / second
+        value *= math.prod(SCALES[word.removesuffix("s")] for word in re.findall("[a-z]+", scale.lower()))
+        return (-value if "-" in sign else value) if math.isfinite(value) else None
 
 
 # ==== responses and their evaluation ==========================================================================================

@@ -4,7 +4,7 @@
     token_kl(logits, ref_logits)                                -> kl
     linear_logprobs(hidden, weight, targets)                    -> logprobs, entropy
     linear_kl(hidden, weight, ref_hidden, ref_weight)           -> kl
-    linear_stats(hidden, weight, targets, ref_hidden, ref_weight) -> logprobs, entropy, kl     one pass over the head
+    linear_stats(hidden, weight, targets, ref_hidden, ref_weight) -> logprobs, entropy, kl, ref_logprobs   all in one pass
 
 CPU tensors take plain torch; CUDA tensors take Triton and nothing else. The environment variable KERNELS=torch or
 KERNELS=triton, read at import, forces one path on any device: Triton on a CPU is its interpreter, slow, for tests.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import tl, triton, use_triton
-from kernels.logprob import FLOOR, LN2, LOG2E, finite, logprobs_op, rows
+from kernels.logprob import FLOOR, LN2, LOG2E, finite, load_gradients, logprobs_op, rows
 
 NEAR = tl.constexpr(0.25)       # |d| below it: the series; above it: q - p + p d, which never divides by a tiny p
 
@@ -33,9 +33,13 @@ def kl_sum(logp, logq):
 
 def kl_reference(z, r):
     """Plain torch, differentiable in z: finite logits (..., V) of both to kl (...)."""
-    logp, logq = z.log_softmax(-1), r.log_softmax(-1)
+    return kl_of_logs(z.log_softmax(-1), r.log_softmax(-1))
+
+
+def kl_of_logs(logp, logq):
+    """The same from log p and log q, differentiable in log p."""
     with torch.no_grad():
-        kl = kl_sum(*(x.reshape(-1, x.shape[-1]) for x in (logp, logq))).view(z.shape[:-1])
+        kl = kl_sum(*(x.reshape(-1, x.shape[-1]) for x in (logp, logq))).view(logp.shape[:-1])
         pd = logp.exp() * (logp - logq)
     gradient = (pd * logp).sum(-1)                          # its gradient is p (d - mean_d), its value is not wanted
     return kl + (gradient - gradient.detach())
@@ -45,11 +49,20 @@ def kl_reference(z, r):
 
 
 @triton.jit
-def load_row(stats_ptr, ref_stats_ptr, row):
-    """M and log2 S of both rows, and the shift c for which d = (z - r) - c."""
+def load_stats(stats_ptr, row):
+    """M, log2 S and the floor of a row; where all logits are -inf M and floor are 0, beside which differences survive."""
     M, log2S = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
-    ref_M, ref_log2S = tl.load(ref_stats_ptr + 2 * row), tl.load(ref_stats_ptr + 2 * row + 1)
-    return M, log2S, ref_M, ref_log2S, (M - ref_M) + (log2S - ref_log2S) * LN2
+    return tl.where(M == FLOOR, 0.0, M), log2S, tl.where(M == FLOOR, 0.0, FLOOR)
+
+
+@triton.jit
+def kl_terms(z, r, M, log2S, ref_M, ref_log2S, c):
+    """The never-negative term of the KL, and p d, of some words; c is the shift for which d = (z - r) - c."""
+    p = tl.exp2((z - M) * LOG2E - log2S)
+    q = tl.exp2((r - ref_M) * LOG2E - ref_log2S)
+    d = (z - r) - c                                         # z - r is exact where they are close
+    series = 0.5 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720))))
+    return tl.where(tl.abs(d) < NEAR, p * d * d * series, q - p + p * d), p * d
 
 
 @triton.jit
@@ -66,20 +79,23 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)                     # int64: row * stride overflows int32
     z_ptr += row * z_stride
     r_ptr += row * r_stride
-    M, log2S, ref_M, ref_log2S, c = load_row(stats_ptr, ref_stats_ptr, row)
+    (M, log2S, floor), (ref_M, ref_log2S, ref_floor) = load_stats(stats_ptr, row), load_stats(ref_stats_ptr, row)
+    c = (M - ref_M) + (log2S - ref_log2S) * LN2
     kl = tl.zeros((BLOCK,), tl.float32)
     mean_d = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
+    whole = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + v, mask=v < V, other=FLOOR).to(tl.float32)
-        r = tl.load(r_ptr + v, mask=v < V, other=FLOOR).to(tl.float32)
-        z, r = tl.maximum(z, FLOOR), tl.maximum(r, FLOOR)   # -inf becomes finite; a NaN is in the statistics already
-        p = tl.exp2((z - M) * LOG2E - log2S)
-        q = tl.exp2((r - ref_M) * LOG2E - ref_log2S)
-        d = (z - r) - c                                     # z - r is exact where they are close
-        series = 0.5 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720))))
-        kl += tl.where(tl.abs(d) < NEAR, p * d * d * series, q - p + p * d)
-        mean_d += p * d
+        z, r = tl.load(z_ptr + v).to(tl.float32), tl.load(r_ptr + v).to(tl.float32)
+        z, r = tl.maximum(z, floor), tl.maximum(r, ref_floor)   # -inf becomes finite; a NaN is in the statistics already
+        term, pd = kl_terms(z, r, M, log2S, ref_M, ref_log2S, c)
+        kl += term
+        mean_d += pd
+    v = whole + tl.arange(0, BLOCK)                         # the ragged end: in a uniform row lanes beyond V would count
+    z, r = tl.load(z_ptr + v, mask=v < V, other=0).to(tl.float32), tl.load(r_ptr + v, mask=v < V, other=0).to(tl.float32)
+    term, pd = kl_terms(tl.maximum(z, floor), tl.maximum(r, ref_floor), M, log2S, ref_M, ref_log2S, c)
+    kl += tl.where(v < V, term, 0)
+    mean_d += tl.where(v < V, pd, 0)
     tl.store(kl_ptr + row, tl.sum(kl, 0))
     tl.store(mean_d_ptr + row, tl.sum(mean_d, 0))
 
@@ -104,19 +120,18 @@ def backward_kernel(
     z_ptr += row * z_stride
     r_ptr += row * r_stride
     dz_ptr += row * V
-    M, log2S, ref_M, ref_log2S, c = load_row(stats_ptr, ref_stats_ptr, row)
+    (M, log2S, floor), (ref_M, ref_log2S, ref_floor) = load_stats(stats_ptr, row), load_stats(ref_stats_ptr, row)
+    c = (M - ref_M) + (log2S - ref_log2S) * LN2
     mean_d = tl.load(mean_d_ptr + row)                      # not the KL: with it a row of dz would not sum to 0
-    g_kl = tl.load(g_kl_ptr + row)
+    g_kl = tl.where(floor == 0, 0.0, tl.load(g_kl_ptr + row))           # the policy's logits are all -inf: no gradient
     if LOGPROBS:
-        y = tl.load(y_ptr + row)
-        H = tl.load(entropy_ptr + row)
-        g_logprob = tl.load(g_logprob_ptr + row)
-        g_entropy = tl.load(g_entropy_ptr + row)
+        y, H, g_logprob, g_entropy = load_gradients(z_ptr, y_ptr, entropy_ptr, g_logprob_ptr, g_entropy_ptr, row,
+                                                    tl.load(stats_ptr + 2 * row), V)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + v, mask=v < V, other=FLOOR).to(tl.float32)
         r = tl.load(r_ptr + v, mask=v < V, other=FLOOR).to(tl.float32)
-        z, r = tl.maximum(z, FLOOR), tl.maximum(r, FLOOR)
+        z, r = tl.maximum(z, floor), tl.maximum(r, ref_floor)
         log2p = (z - M) * LOG2E - log2S
         d = (z - r) - c
         dz = g_kl * (d - mean_d)
@@ -208,14 +223,14 @@ if __name__ == "__main__":
     def tables():
         calls = {"ours": token_kl, "torch": textbook}
         if bench.CUDA:
-            calls["torch.compile"] = torch.compile(textbook)
+            calls["torch.compile"] = torch.compile(textbook, dynamic=True)
         shapes = [(8192, 151936, torch.float32), (8192, 151936, torch.bfloat16), (8192, 50304, torch.float32)]
         for N, V, dtype in shapes if bench.CUDA else [(64, 50304, torch.float32)]:
             for distance, size in ((0.04, "1e-3"), (0.004, "1e-5")):
                 z = bench.peaked(N, V)
                 z, r = z.to(dtype), (z + distance * bench.normal(N, V, seed=1)).to(dtype)
                 GB = z.nbytes / 1e9                         # forward: both read twice
-                yield bench.table(f"token_kl N={N} V={V} {dtype} KL {size} before rounding", calls, exact, [z], [r],
-                                  "GB/s", (4 * GB, 7 * GB))
+                yield (f"token_kl N={N} V={V} {dtype} KL {size} before rounding", calls, exact, [z], [r],
+                       "GB/s", (4 * GB, 7 * GB))
 
     bench.main("kl", tables)

@@ -10,8 +10,8 @@ numbers a row; those of the slices s of the vocabulary are joined by the chain r
 
 Backward: the same tile again (the same product, so the same bits) becomes a tile of G. A slice of d weight sums over
 all rows of one slice of G, so there is no (V, D) accumulator and no copy of the weight in another dtype. cuBLAS
-multiplies, Triton does the rows. Work: 2NVD forward, 8NVD with the backward; 4 and 12 with KL; 2NVD less for a frozen
-head.
+multiplies, Triton does the rows. Work: 2NVD forward, 8NVD with the backward; 4 and 12 with a reference, whose
+log-probability comes with the statistics that the KL needs; 2NVD less for a frozen head.
 """
 
 import torch
@@ -30,12 +30,17 @@ CHUNK = 2 ** 24                 # plain torch: logits alive
 
 def linear_reference(hidden, weight, targets, ref_hidden=None, ref_weight=None):
     """Plain torch, differentiable, all logits at once. `linear_stats` in the dtype of its arguments."""
-    z = F.linear(hidden, weight)
-    if ref_hidden is None:
+    r = None if ref_hidden is None else F.linear(ref_hidden, ref_weight)
+    return stats_reference(F.linear(hidden, weight), targets, r)
+
+
+def stats_reference(z, targets, r=None):
+    """Finite logits (N, V) and targets (N,) to logprobs, entropy, kl, ref_logprobs (N,); the last two None without r."""
+    if r is None:
         return *logprob_rows.logprobs_reference(z, targets), None, None
-    r = F.linear(ref_hidden, ref_weight)
-    ref_logprobs, _ = logprob_rows.logprobs_reference(r, targets)
-    return *logprob_rows.logprobs_reference(z, targets), kl_rows.kl_reference(z, r), ref_logprobs
+    logp, logq = z.log_softmax(-1), r.log_softmax(-1)
+    logprobs, ref_logprobs = (x.gather(-1, targets[:, None])[:, 0] for x in (logp, logq))
+    return logprobs, -(logp.exp() * logp).sum(-1), kl_rows.kl_of_logs(logp, logq), ref_logprobs
 
 
 def linear_chunks(hidden, weight, targets, ref_hidden=None, ref_weight=None):
@@ -81,7 +86,7 @@ def join(stats):
 
 def forward(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
             dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden (N, D), weight (V, D), y (N,) to log-prob, entropy, stats (N, 2), kl, mean_d, ref_stats (N, 2), ref_logprob.
+    """hidden (N, D), weight (V, D), y (N,) to log-prob, entropy, stats (N, 2), kl, mean_d, ref_log-prob, ref_stats (N, 2).
 
     The operands of the products are rounded to `dtype`. Without a reference the last four are empty.
     """
@@ -94,7 +99,7 @@ def forward(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None
             return logprob, entropy, stats
         r = logits(ref_x, c, ref_W)
         ref_logprob, _, ref_stats = logprob_rows.launch_forward(r, y_c)
-        return logprob, entropy, stats, *kl_rows.launch_forward(z, r, stats, ref_stats), ref_stats, ref_logprob
+        return logprob, entropy, stats, *kl_rows.launch_forward(z, r, stats, ref_stats), ref_logprob, ref_stats
 
     slices = []
     for s in range(0, len(weight), WIDTH):
@@ -105,15 +110,14 @@ def forward(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None
     logprob, entropy, stats, *rest = (torch.stack(t, 1) for t in zip(*slices))          # (N, S), stats (N, S, 2)
     stats, logP = join(stats)
     P = logP.exp()
-    chosen = (y // WIDTH).clamp(0, len(slices) - 1)[:, None]                                # the slice of each target
-    logprob, entropy = (logprob + logP).gather(1, chosen)[:, 0], (P * (entropy - logP)).sum(1)
+    own = (y // WIDTH).clamp(0, len(slices) - 1)[:, None]                               # the slice of each target
+    logprob, entropy = (logprob + logP).gather(1, own)[:, 0], (P * (entropy - logP)).sum(1)
     if ref_x is None:
-        return logprob, entropy, stats, *(x.new_empty(shape, dtype=torch.float32) for shape in ((0,), (0,), (0, 2), (0,)))
-    kl, mean_d, ref_stats, ref_logprob = rest
+        return logprob, entropy, stats, *(x.new_empty(shape, dtype=torch.float32) for shape in ((0,), (0,), (0,), (0, 2)))
+    kl, mean_d, ref_logprob, ref_stats = rest
     ref_stats, logQ = join(ref_stats)
-    kl = kl_rows.kl_sum(logP, logQ) + (P * kl).sum(1)
-    ref_logprob = (ref_logprob + logQ).gather(1, chosen)[:, 0]
-    return logprob, entropy, stats, kl, (P * (mean_d + logP - logQ)).sum(1), ref_stats, ref_logprob
+    kl, mean_d = kl_rows.kl_sum(logP, logQ) + (P * kl).sum(1), (P * (mean_d + logP - logQ)).sum(1)
+    return logprob, entropy, stats, kl, mean_d, (ref_logprob + logQ).gather(1, own)[:, 0], ref_stats
 
 
 def gradient(hidden: Tensor, weight: Tensor, y: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
@@ -155,7 +159,8 @@ gradient_op = torch.library.custom_op("kernels::linear_gradient", gradient, muta
 @linear_op.register_fake
 def _(hidden, weight, y, ref_hidden, ref_weight, dtype):
     N, K = hidden.shape[0], 0 if ref_hidden is None else hidden.shape[0]
-    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 2), (K,), (K,), (K, 2), (K,)))
+    shapes = (N,), (N,), (N, 2), (K,), (K,), (K,), (K, 2)
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 @gradient_op.register_fake
@@ -164,9 +169,9 @@ def _(hidden, weight, *rest):
 
 
 def save(ctx, inputs, output):
-    _, entropy, stats, _, mean_d, ref_stats, ref_logprob = output
+    _, entropy, stats, _, mean_d, ref_logprob, ref_stats = output
     ctx.save_for_backward(*inputs[:5], entropy, stats, mean_d, ref_stats)
-    ctx.mark_non_differentiable(stats, mean_d, ref_stats, ref_logprob)
+    ctx.mark_non_differentiable(stats, mean_d, ref_logprob, ref_stats)
     ctx.dtype = inputs[5]
 
 
@@ -180,12 +185,14 @@ linear_op.register_autograd(backward, setup_context=save)
 
 
 def linear_stats(hidden, weight, targets, ref_hidden=None, ref_weight=None):
-    """Log-probability of each target, entropy, and with a reference KL(policy || reference) and its log-probability.
+    """All that a rollout or a loss wants to know of its tokens, in one pass over the head.
 
     hidden (..., D), weight (V, D), targets (...) int64; ref_hidden (..., D') and ref_weight (V, D') without gradient
-    -> logprobs, entropy, kl, ref_logprobs (...), float32; the last two None without one. Gradients to hidden, weight.
+    -> logprobs, entropy, kl = KL(policy || reference), ref_logprobs of the targets, all (...) float32; without a
+    reference the last two are None. Gradients to hidden and weight, in their dtypes; ref_logprobs has none.
     Logits are float32; the products' operands are rounded to autocast's dtype, without autocast to that of hidden.
-    A row costs 2VD operations, so pass those that matter: hidden[response_mask].
+    A row costs 2VD operations, with a reference 2V(D + D'), so pass those that matter: hidden[response_mask].
+    `linear_logprobs` and `linear_kl` one after the other cost 2VD more, and another 2VD' for ref_logprobs.
     """
     shape, device, ref = targets.shape, hidden.device.type, [x for x in (ref_hidden, ref_weight) if x is not None]
     if (hidden.shape[:-1], weight.shape[1:]) != (shape, hidden.shape[-1:]) or ref and (
@@ -201,7 +208,7 @@ def linear_stats(hidden, weight, targets, ref_hidden=None, ref_weight=None):
         return tuple(x if x is None else x.view(shape) for x in out)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if use_triton(hidden):
-        logprobs, entropy, _, kl, _, _, ref_logprobs = linear_op(hidden, weight, targets, ref_hidden, ref_weight, dtype)
+        logprobs, entropy, _, kl, _, ref_logprobs, _ = linear_op(hidden, weight, targets, ref_hidden, ref_weight, dtype)
         return logprobs, entropy, *((kl, ref_logprobs) if ref else (None, None))
     long = torch.promote_types(dtype, torch.float32)
     hidden, weight, *ref = (x.to(dtype).to(long) for x in (hidden, weight, *ref))
@@ -225,9 +232,17 @@ if __name__ == "__main__":
 
     def half_logits(x, W, y, *ref):
         """What one writes without thinking about it: logits rounded to bfloat16."""
-        z = F.linear(x, W).float()
-        kl = [kl_rows.kl_reference(z, F.linear(*ref).float())] if ref else []
-        return *logprob_rows.logprobs_reference(z, y), *kl
+        out = stats_reference(F.linear(x, W).float(), y, F.linear(*ref).float() if ref else None)
+        return [o for o in out if o is not None]
+
+    def liger_scaled(x, W, y):
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+        nll, entropy, *_ = LigerFusedLinearScaledCrossEntropyFunction.apply(x, W, y, 1.0, -100, 1, True)
+        return -nll, entropy
+
+    def liger_fused(x, W, y):
+        from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+        return -LigerFusedLinearCrossEntropyFunction.apply(x, W, y, None, None, -100, 0.0, 0.0, "none")[0]
 
     def tiled(height, width):
         def call(*inputs):
@@ -237,14 +252,10 @@ if __name__ == "__main__":
         return call
 
     def tables():
-        liger = bench.other("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
-        flce = bench.other("liger_kernel.ops", "LigerFusedLinearCrossEntropyFunction")
-        calls = {"ours": linear_logprobs, "torch, bfloat16 logits": half_logits}
+        calls = {"ours": linear_logprobs, "torch, bfloat16 logits": half_logits, "Liger scaled CE": liger_scaled,
+                 "Liger FLCE, no entropy": liger_fused}
         if bench.CUDA:
-            calls["torch.compile"] = torch.compile(half_logits)
-        if bench.CUDA and liger:
-            calls["Liger scaled CE"] = lambda *x: [a * b for a, b in zip(liger.apply(*x, 1.0, -100, 1, True), (-1, 1))]
-            calls["Liger FLCE, no entropy"] = lambda *x: -flce.apply(*x, None, None, -100, 0.0, 0.0, "none")[0]
+            calls["torch.compile"] = torch.compile(half_logits, dynamic=True)
         with_kl = {"ours": linear_stats, "torch, bfloat16 logits": half_logits}
         tiles = {f"tiles of {h} x {w}": tiled(h, w) for w in (8192, 16384, 32768) for h in (512, 1024, 2048)}
         Qwen, GPT2 = 151936, 50304
@@ -258,7 +269,7 @@ if __name__ == "__main__":
             if bench.CUDA and D == 1536 and N == 8192:      # last: the tiles stay as they are set
                 cases.append(("linear_logprobs", tiles, [x, W], [y], 1, 4))
             for name, calls_, trained, fixed, *NVD in cases:
-                yield bench.table(f"{name} N={N} V={V} D={D} bfloat16", calls_, linear_reference, trained, fixed,
-                                  "TFLOP/s", [2 * N * V * D / 1e12 * i for i in NVD])
+                yield (f"{name} N={N} V={V} D={D} bfloat16", calls_, linear_reference, trained, fixed,
+                       "TFLOP/s", [2 * N * V * D / 1e12 * i for i in NVD])
 
     bench.main("linear", tables)

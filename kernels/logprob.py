@@ -5,6 +5,10 @@
 
 One read of the logits forward, one read and one write backward, and three numbers a row kept in between; torch's
 log_softmax, exp, product and sum move a row at least eight times forward and keep two more copies of it.
+
+Everywhere in kernels/ a logit of -inf, a word that cannot be said, stands for -1e30: it has probability 0 beside any
+other and gets no gradient. A row of nothing else is uniform, log-prob -log V and entropy log V, with gradient 0: so a
+masked row gives no NaN. A NaN or a +inf makes its row NaN.
 """
 
 import torch
@@ -64,6 +68,7 @@ def forward_kernel(
     scale = tl.exp2(shift)
     S = tl.sum(scale * s, 0)
     U = tl.sum(scale * (u + shift * s), 0)
+    S = tl.minimum(S, V.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)     # if all are FLOOR: lanes beyond V counted
     log2S = tl.log2(S)
     y = tl.load(y_ptr + row)
     z_y = tl.load(z_ptr + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)   # no such token: NaN
@@ -72,6 +77,16 @@ def forward_kernel(
     tl.store(entropy_ptr + row, (log2S - U / S) * LN2)
     tl.store(stats_ptr + 2 * row, M)                        # two numbers: their sum would round a large offset away
     tl.store(stats_ptr + 2 * row + 1, log2S)
+
+
+@triton.jit
+def load_gradients(z_ptr, y_ptr, entropy_ptr, g_logprob_ptr, g_entropy_ptr, row, M, V):
+    """Target, entropy and upstream gradients of a row; no target if its logit is -inf, no gradients if all are."""
+    y = tl.load(y_ptr + row)
+    z_y = tl.load(z_ptr + y, mask=(y >= 0) & (y < V), other=FLOOR).to(tl.float32)
+    g_logprob = tl.where(M == FLOOR, 0.0, tl.load(g_logprob_ptr + row))
+    g_entropy = tl.where(M == FLOOR, 0.0, tl.load(g_entropy_ptr + row))
+    return tl.where(z_y > FLOOR, y, -1), tl.load(entropy_ptr + row), g_logprob, g_entropy
 
 
 @triton.jit
@@ -89,12 +104,9 @@ def backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     dz_ptr += row * V
-    y = tl.load(y_ptr + row)
     M = tl.load(stats_ptr + 2 * row)
     log2S = tl.load(stats_ptr + 2 * row + 1)
-    H = tl.load(entropy_ptr + row)
-    g_logprob = tl.load(g_logprob_ptr + row)
-    g_entropy = tl.load(g_entropy_ptr + row)
+    y, H, g_logprob, g_entropy = load_gradients(z_ptr, y_ptr, entropy_ptr, g_logprob_ptr, g_entropy_ptr, row, M, V)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + v, mask=v < V, other=FLOOR).to(tl.float32)
@@ -183,20 +195,22 @@ if __name__ == "__main__":
     def plain(z, y):
         return logprobs_reference(finite(z), y)
 
+    def trl(z, y):
+        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+        return selective_log_softmax(z[None], y[None])[0], entropy_from_logits(z[None])[0]      # it loops over the batch
+
+    def liger(z, y):
+        from liger_kernel.ops import LigerCrossEntropyFunction
+        return -LigerCrossEntropyFunction.apply(z, y, None, -100, 0.0, 0.0, "none")[0]
+
     def tables():
-        trl = bench.other("trl.trainer.utils", "selective_log_softmax_and_entropy")
-        liger = bench.other("liger_kernel.ops", "LigerCrossEntropyFunction")
-        calls = {"ours": token_logprobs, "torch": plain}
+        calls = {"ours": token_logprobs, "torch": plain, "TRL": trl, "Liger CE, no entropy": liger}
         if bench.CUDA:
-            calls["torch.compile"] = torch.compile(plain)
-        if bench.CUDA and trl:
-            calls["TRL"] = lambda z, y: [out[0] for out in trl(z[None], y[None])]
-        if bench.CUDA and liger:
-            calls["Liger CE, no entropy"] = lambda z, y: -liger.apply(z, y, None, -100, 0.0, 0.0, "none")[0]
+            calls["torch.compile"] = torch.compile(plain, dynamic=True)
         shapes = [(8192, 151936, torch.bfloat16), (8192, 151936, torch.float32), (8192, 50257, torch.bfloat16)]
         for N, V, dtype in shapes if bench.CUDA else [(64, 50257, torch.float32)]:
             z, y = bench.peaked(N, V, dtype), bench.tokens(N, V)
             GB = z.nbytes / 1e9
-            yield bench.table(f"token_logprobs N={N} V={V} {dtype}", calls, plain, [z], [y], "GB/s", (GB, 3 * GB))
+            yield f"token_logprobs N={N} V={V} {dtype}", calls, plain, [z], [y], "GB/s", (GB, 3 * GB)
 
     bench.main("logprob", tables)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ppo_reft as reft
-from test_losses import TOY, Words, close, tiny, toy_rollout
+from test_losses import TINY_MODEL, TOY, Words, close, tiny, toy_rollout
 
 ARGS = dataclasses.replace(reft.Args(), device="cpu", train_size=400, eval_size=60)
 
@@ -23,43 +23,36 @@ def test_builtin_demonstrations_earn_1(problems, cot):
     args = dataclasses.replace(ARGS, problems=problems, cot=cot)
     tokenizer = reft.builtin_tokenizer(args)
     for split in reft.load_problems(args):
-        encoded = [reft.encode_record(record, tokenizer, args) for record in split]
+        encoded = [reft.encode_problem(problem, tokenizer, args) for problem in split]
         texts = [tokenizer.decode(p["response"][:-1]) for p in encoded]
         assert (reft.reward(reft.read_answers(texts, encoded, args), encoded, args) == 1).all()
         wrong = reft.read_answers(texts[1:] + texts[:1], encoded, args)                 # someone else's rationale
         assert (reft.reward(wrong, encoded, args) < 1).float().mean() > 0.5
-        assert all(p["response"][:len(p["given"])] == p["given"] for p in encoded)     # the seam of the demonstrations
-        assert all(bool(p["given"]) == (cot == "program") for p in encoded)
+        assert all(bool(p["header"]) == (cot == "program") for p in encoded)
         if problems == "choice":
             options = [dict(re.findall(r"([a-e]) \) (\d+)", p["question"])) for p in encoded]
             assert all(len(set(o.values())) == 5 for o in options) and {p["gold"] for p in encoded} == set("abcde")
             if cot == "text":                                                           # looks through them up to the right one
                 assert all(p["cot"].endswith(f"{p['gold']} ) {o[p['gold']]}") for p, o in zip(encoded, options))
-                assert not any(reft.contradicts(text, p) for text, p in zip(texts, encoded))
+                found = reft.contradictions({"outcomes": torch.ones(len(encoded))}, texts, encoded)
+                assert not any(found["contradictions"])
 
 
 SVAMP = {"question": "Ann has 3 pens and\nbuys 4. How many?", "answer_value": "7.0",
          "answer_cot": 'def solution():\n    """Ann has 3 pens and\nbuys 4. How many?"""\n    pens = 3\n\n    return pens + 4'}
 
 
-def test_a_given_header_ends_before_the_indentation_of_the_body():
-    """With one token a character the header is the def line and the docstring, its newline included; a token such as "\\n    "
-    that reaches into the body stays with the policy."""
-    letters = reft.Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
+def test_a_program_starts_in_the_prompt_and_runs_as_a_whole():
+    """The def line and the docstring, with the question as it is, are given; the demonstration is the rest."""
     args = dataclasses.replace(ARGS, cot="program")
-    problem = reft.encode_record(reft.parse_record(SVAMP, "here", args), letters, args)
-    assert letters.decode(problem["given"]) == 'def solution():\n    """Ann has 3 pens and\nbuys 4. How many?"""\n'
-    longer = reft.Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n", '\n    '])
-    problem = reft.encode_record(reft.parse_record(SVAMP, "here", args), longer, args)
-    assert longer.decode(problem["given"]).endswith('How many?"""')
-    assert problem["response"][:len(problem["given"])] == problem["given"]
-
-
-def test_a_program_is_given_as_prefix_and_run_as_a_whole():
-    args, problem = dataclasses.replace(ARGS, cot="program"), {"gold": 7.0, "given": []}
-    texts = [SVAMP["answer_cot"], SVAMP["answer_cot"].replace("+ 4", "+ 5"), "    return 7", SVAMP["answer_cot"].replace("+ 4", "+ float('nan')")]
-    outcomes = reft.reward(reft.read_answers(texts, [problem] * 4, args), [problem] * 4, args)
-    close(outcomes, [1, 0.1, 0, 0])
+    letters = reft.Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
+    problem = reft.encode_problem(reft.parse_record(SVAMP, args), letters, args)
+    assert letters.decode(problem["prompt"]).endswith('Answer reasoning:\ndef solution():\n    """Ann has 3 pens and\nbuys 4. How many?"""\n')
+    body = letters.decode(problem["response"][:-1])
+    assert body == "    pens = 3\n\n    return pens + 4" and problem["response"][-1] == letters.eos_id
+    texts = [body, body.replace("+ 4", "+ 5"), "    return 7", body.replace("+ 4", "+ float('nan')"), "return 7"]
+    outcomes = reft.reward(reft.read_answers(texts, [problem] * 5, args), [problem] * 5, args)
+    close(outcomes, [1, 0.1, 1, 0, 0])
 
 
 def test_choice_pays_nothing_for_a_wrong_letter_and_counts_contradictions(monkeypatch):
@@ -67,11 +60,11 @@ def test_choice_pays_nothing_for_a_wrong_letter_and_counts_contradictions(monkey
     problem = {"gold": "b", "question": "What is 3 + 4?\na ) 5 , b ) 7 , c ) 9 , d ) 1 , e ) 2"}
     texts = [f"3 + 4 = {n}{reft.ANSWER}{letter}" for n, letter in ((7, "b"), (9, "b"), (7, "c"), (9, "none"))]
     close(reft.reward(reft.read_answers(texts, [problem] * 4, args), [problem] * 4, args), [1, 1, 0, 0])
-    assert [reft.contradicts(text, problem) for text in texts[:2]] == [False, True]
     policy, ref = tiny(), tiny(seed=1)
-    for words, share in ((texts, 1 / 4), (texts[:1] * 4, 0), (texts[1:2] * 4, 1), (texts[3:] * 4, 0)):
-        monkeypatch.setattr(reft, "responses", lambda *_: words)
-        log = reft.rollout(policy, policy, ref, [problem | {"prompt": [5], "given": []}] * 4, Words(), TOY)[1]
+    for said, share in ((texts, 1 / 4), (texts[:1] * 4, 0), (texts[1:2] * 4, 1), (texts[3:] * 4, 0)):
+        words = Words()
+        words.decode = lambda ids, left=iter(said): next(left)
+        log = reft.rollout(policy, policy, ref, [problem | {"prompt": [5]}] * 4, words, TOY)[1]
         assert log["contradictions"] == share                                           # of the rollouts that earn 1
 
 
@@ -92,7 +85,7 @@ def test_reranker_scores_the_last_token_of_each_row():
     """A longer batch-mate and its padding change nothing."""
     gpt, head = tiny(value_head=False), torch.nn.Linear(16, 2)
     rows = [[5, 6, 7], [5, 6, 7, 8, 9, 3]]
-    batch = reft.pack([(ids, [True] * len(ids)) for ids in rows], 0, "cpu")
+    batch = reft.pack([(ids, [True] * len(ids)) for ids in rows], TINY_MODEL)
     found = reft.reranker_scores(gpt, head, batch)
     for row, ids in zip(found, rows):
         close(row, head(gpt(torch.tensor([ids]))[0, -1]))
@@ -106,27 +99,42 @@ def test_the_reranker_learns_to_tell_right_from_wrong(monkeypatch):
     monkeypatch.setattr(reft, "draw_samples", lambda *a: drawn)
     args = dataclasses.replace(ARGS, rerank_lr=1e-2, rerank_epochs=10)
     reranker, head = reft.train_reranker(policy, policy, train, Words(), args)
-    batch = reft.pack([([5, 4, 7, last], [True] * 4) for last in (8, 9)], 0, "cpu")
+    batch = reft.pack([([5, 4, 7, last], [True] * 4) for last in (8, 9)], TINY_MODEL)
     p_right = reft.reranker_scores(reranker, head, batch).softmax(-1)[:, 1]
     assert p_right[0] > 0.9 and p_right[1] < 0.1
 
 
 # ---- self-training -----------------------------------------------------------------------------------------------------------
 
-def test_offline_rows_are_the_demonstrations_and_the_first_right_distinct_samples(monkeypatch):
+def test_offline_rows_are_the_first_right_samples_that_differ_from_each_other_and_the_demonstration(monkeypatch):
     train = [{"prompt": [5], "response": [6, 2], "cot": "gold", "gold": 1.0}, {"prompt": [6], "response": [7, 2], "cot": "x", "gold": 1.0}]
-    drawn = [[([8, 2], "a", 1.0), ([8, 2], "a", 1.0), ([9, 2], "b", 3.0), ([3, 2], "c", 1.0), ([4, 2], "d", 1.0)],
-             [([8, 2], "e", None), ([9, 2], "f", 2.0)]]
+    drawn = [[([8, 2], "a", 1.0), ([8, 2], "a", 1.0), ([9, 2], "b", 3.0), ([6, 2], "gold and answer", 1.0), ([3, 2], "c", 1.0), ([4, 2], "d", 1.0)],
+             [([8, 2], "e", None), ([9, 2], "f", 2.0), ([7, 2], "x and answer", 1.0)]]
     monkeypatch.setattr(reft, "draw_samples", lambda *a: drawn)
     rows = reft.self_training_rows(None, train, Words(), dataclasses.replace(ARGS, keep=2))
-    assert [ids for ids, _ in rows] == [[5, 6, 2], [6, 7, 2], [5, 8, 2], [5, 3, 2]]
+    assert [ids for ids, _ in rows] == [[5, 8, 2], [5, 3, 2]]
     assert all(flags == [False, True, True] for _, flags in rows)
+
+
+def test_sample_batches_count_samples_and_not_questions(monkeypatch):
+    sizes = []
+
+    def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
+        sizes.append(len(problems) * group_size)
+        rows = torch.zeros(sizes[-1], 3, dtype=torch.long)
+        return {"tokens": rows, "response_mask": rows[:, 1:] == 0}, ["a"] * len(rows), [float(len(sizes))] * len(rows)
+
+    monkeypatch.setattr(reft, "respond", respond)
+    problems = [{"prompt": [5]}] * 60
+    found = reft.draw_samples(None, problems, Words(), 100, dataclasses.replace(ARGS, minibatch_size=256, batch_size=256))
+    assert max(sizes) <= 256 and sum(sizes) == 6000 and [len(f) for f in found] == [100] * 60
+    assert len(reft.draw_samples(None, problems[:2], Words(), 300, dataclasses.replace(ARGS, minibatch_size=256))) == 2
 
 
 def test_online_loss_is_half_right_samples_half_demonstrations():
     policy = tiny()
     batch = reft.pack([([5, 6, 7, 2], [False, False, True, True]), ([5, 8, 2], [False, True, True]), ([5, 9, 9, 2], [False, True, True, True])],
-                      0, "cpu") | {"right": torch.tensor([True, False, False])}
+                      TINY_MODEL) | {"right": torch.tensor([True, False, False])}
     logp = policy.logits(batch["tokens"]).log_softmax(-1)
     right = -(logp[0, 1, 7] + logp[0, 2, 2]) / 2
     gold = -(logp[1, 0, 8] + logp[1, 1, 2] + logp[2, 0, 9] + logp[2, 1, 9] + logp[2, 2, 2]) / 5
@@ -193,12 +201,12 @@ def test_a_policy_finds_the_rewarded_style(method):
     styles = [[6, 7, 2], [8, 9, 2]]
     rows = [([5] + style, [False] + [True] * 3) for style in styles]
     warm = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    batch = reft.pack(rows, 0, "cpu")
+    batch = reft.pack(rows, TINY_MODEL)
     for _ in range(150):
         reft.optimiser_step(functools.partial(reft.sft_loss, policy), batch, warm, args)
     import copy
     ref, optimizer = copy.deepcopy(policy).requires_grad_(False), reft.adamw([policy], args.lr)
-    problems = [{"prompt": [5], "given": [], "response": styles[1], "gold": 1.0}] * 32
+    problems = [{"prompt": [5], "response": styles[1], "gold": 1.0}] * 32
     share = lambda data: (data["tokens"][:, 1] == 8).float().mean().item()
 
     def read(texts, problems, args):                                     # letters of tokens 8, 9: "ij"

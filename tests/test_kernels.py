@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels import kl, linear, linear_kl, linear_logprobs, linear_stats, logprob, token_kl, token_logprobs
+from kernels import bench, kl, linear, linear_kl, linear_logprobs, linear_stats, logprob, token_kl, token_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")     # numpy in the interpreter
 
@@ -82,14 +83,17 @@ def truth(z, y, r=None):
 
 
 def linear_truth(x, W, y, ref_x=None, ref_W=None):
-    return truth(x @ W.T, y, None if ref_x is None else ref_x @ ref_W.T)
+    if ref_x is None:
+        return truth(x @ W.T, y)
+    r = ref_x @ ref_W.T
+    return *truth(x @ W.T, y, r), truth(r, y)[0]
 
 
 def run(function, trained, *fixed, g):
     """Values of a function, and the gradients to `trained` for upstream gradients g, one row for each output."""
     trained = [x.detach().clone().requires_grad_() for x in trained]
     out = function(*trained, *fixed)
-    out = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if o is not None]
+    out = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if o is not None]      # gradients of len(g) of them
     return [o.detach() for o in out], torch.autograd.grad(sum((o * i).sum() for o, i in zip(out, g)), trained)
 
 
@@ -206,13 +210,46 @@ def test_masked_vocabulary(path):
     assert (dz[:, 30:36] == 0).all()
 
     (logprobs, _), (dz,) = run(token_logprobs, [z], torch.full_like(y, 33), g=g)        # at the target
-    assert (logprobs <= -1e29).all() and not dz.isnan().any()
+    assert (logprobs <= -1e29).all()
+    _, (exact_dz,) = run(lambda z: (-z.logsumexp(-1), truth(z, kept_y)[1]), [z[:, keep].double()], g=g.double())
+    assert error(dz[:, keep], exact_dz) <= 2e-6 and (dz[:, 30:36] == 0).all()
     r[:, 5] = inf                                                               # in the reference only
     (kl,), (dz,) = run(token_kl, [z], r, g=torch.ones(1, 3, device=DEVICE))
     assert (kl > 1e20).all() and not dz.isnan().any()
     z[:, 5], z[:, 6], r[:, 5] = inf, inf, 0.0                                   # in the policy only
     (kl,), (dz,) = run(token_kl, [z], r, g=torch.ones(1, 3, device=DEVICE))
     assert kl.isfinite().all() and (kl > 0).all() and dz.isfinite().all()
+
+
+@pytest.mark.parametrize("V", [5, 37, 4096, 5003])
+@pytest.mark.parametrize("who", ["policy", "reference", "both"])
+def test_nothing_can_be_said(path, who, V):
+    """A row of -inf is uniform and has no gradient, on both paths, however many lanes of a block lie beyond V."""
+    z, r, y, g = normal(3, V), normal(3, V, seed=1), tokens(3, V), normal(3, 3, seed=3)
+    dead = [x for name, x in (("policy", z), ("reference", r)) if who in (name, "both")]
+    for x in dead:
+        x[1] = 0
+    exact, (exact_dz,) = run(lambda z: truth(z, y, r.double()), doubles(z), g=g.double())
+    for x in dead:
+        x[1] = -torch.inf
+    out, (dz,) = run(lambda z: (*token_logprobs(z, y), token_kl(z, r)), [z], g=g)
+    assert all(error(ours, right) <= 5e-6 for ours, right in zip(out, exact))
+    assert (out[2][1] == 0) == (who == "both")
+    if who != "reference":
+        assert (dz[1] == 0).all()
+        dz, exact_dz = dz[::2], exact_dz[::2]
+    assert error(dz, exact_dz) <= 2e-6
+
+
+def test_one_word_can_be_said(path):
+    z, r, y, g = torch.full((1, 37), -torch.inf, device=DEVICE), normal(1, 37), tokens(1, 37), normal(3, 1, seed=3)
+    z[0, y[0]] = -3.0
+    (logprobs, entropy, kl), (dz,) = run(lambda z: (*token_logprobs(z, y), token_kl(z, r)), [z], g=g)
+    assert logprobs == entropy == 0 and (dz == 0).all()
+    assert error(kl, -truth(r.double(), y)[0]) <= 2e-6
+    for bad in torch.nan, torch.inf:                        # and this is not a row of nothing
+        z[0, y[0]] = bad
+        assert all(out.isnan() for out in (*token_logprobs(z, y), token_kl(z, r), token_kl(r, z)))
 
 
 def test_padding_under_where(path):
@@ -302,7 +339,7 @@ def test_linear(path, N, V, D, tile, monkeypatch):
         out, grads = run(linear_stats, [x, W], y, *more, g=g)
         exact, exact_grads = run(linear_truth, doubles(x, W), y, *doubles(*more), g=g.double())
         plain, _ = run(linear_truth, [x, W], y, *more, g=g)
-        assert len(out) == len(exact)
+        assert len(out) == len(exact) == (4 if more else 2)
         for ours, theirs, right in zip(out, plain, exact):
             assert ours.dtype == torch.float32 and ours.shape == (N,)
             assert error(ours, right) <= max(5e-6, 3 * error(theirs, right))
@@ -313,7 +350,12 @@ def test_linear(path, N, V, D, tile, monkeypatch):
         _, (dW,) = run(lambda W: linear_stats(x, W, y, *more), [W], g=g)              # frozen trunk
         assert torch.equal(dW, grads[1])
     if N:
-        assert torch.equal(linear_logprobs(x, W, y)[0], out[0]) and torch.equal(linear_kl(x, W, ref_x, ref_W), out[2])
+        logprobs, entropy, kl, ref_logprobs = linear_stats(x.requires_grad_(), W, y, ref_x, ref_W)
+        assert torch.equal(linear_kl(x, W, ref_x, ref_W), kl) and kl.requires_grad and not ref_logprobs.requires_grad
+        apart = *linear_logprobs(x, W, y), linear_logprobs(ref_x, ref_W, y)[0]
+        together = logprobs, entropy, ref_logprobs
+        assert all(torch.equal(a, b) if path == "triton" else error(a, b.double()) <= 1e-6 for a, b in zip(apart, together))
+        assert linear_stats(x, W, y)[2:] == (None, None)
 
 
 @pytest.mark.parametrize("distance", [0.05, 0.005, 0.0])
@@ -337,14 +379,24 @@ def test_linear_masked_vocabulary(monkeypatch):
     z[:, 16:32] = -torch.inf
     r[0, 16:32] = -torch.inf
     y = torch.where(y // 16 == 1, 0, y)
-    monkeypatch.setattr(linear, "logits", lambda x, start, weight: x[:, weight[:, 0].long()])       # a head of columns
-    column = torch.arange(37.0, device=DEVICE)[:, None]
-    logprobs, entropy, stats, kl, mean_d, _ = linear.forward(z, column, y, r, column, torch.float32)
+    monkeypatch.setattr(linear, "logits", lambda x, start, weight: x[:, weight.argmax(1)])
+    head = torch.eye(37, device=DEVICE)                     # hidden states are logits
+    logprobs, entropy, stats, kl, mean_d, ref_logprobs, _ = linear.forward(z, head, y, r, head, torch.float32)
     keep = [*range(16), *range(32, 37)]
     exact = truth(z[:, keep].double(), torch.where(y >= 32, y - 16, y), r[:, keep].double())
     assert error(logprobs, exact[0]) <= 2e-6 and error(entropy, exact[1]) <= 2e-6
-    assert abs(kl[0] - exact[2][0]) <= 1e-5
+    ref_exact = truth(r[:1, keep].double(), torch.where(y >= 32, y - 16, y)[:1])[0]
+    assert abs(kl[0] - exact[2][0]) <= 1e-5 and error(ref_logprobs[:1], ref_exact) <= 2e-6
     assert kl.isfinite().all() and mean_d.isfinite().all() and stats.isfinite().all()
+
+    z[1] = r[1] = z[2] = -torch.inf                         # nothing at all: uniform over all slices, no gradient
+    logprobs, entropy, *more = linear.forward(z, head, y, r, head, torch.float32)
+    exact = truth(torch.zeros(3, 37), y.cpu(), r.double().cpu())
+    assert all(error(ours[1:].cpu(), right[1:]) <= 2e-6 for ours, right in zip((logprobs, entropy), exact))
+    stats, kl, mean_d, ref_logprobs, ref_stats = more
+    assert kl[1] == 0 and ref_logprobs[1] == logprobs[1] and abs(kl[2] - exact[2][2]) <= 2e-6
+    dx, _ = linear.gradient(z, head, y, r, head, entropy, stats, mean_d, ref_stats, *normal(3, 3), torch.float32, True)
+    assert dx[0].any() and (dx[1:] == 0).all()
 
 
 def test_linear_accumulates_in_float32(path, monkeypatch):
@@ -436,7 +488,7 @@ def test_peak_memory_of_the_head(monkeypatch, reference, weights):
     y, g = torch.zeros(N, dtype=torch.long, **meta), torch.empty(3, N, **meta)
     ref = (x, W) if reference else (None, None)
     with PeakMemory() as forward:
-        _, entropy, stats, _, mean_d, ref_stats = linear.forward(x, W, y, *ref, torch.bfloat16)
+        _, entropy, stats, _, mean_d, _, ref_stats = linear.forward(x, W, y, *ref, torch.bfloat16)
     with PeakMemory() as backward:
         dx, dW = linear.gradient(x, W, y, *ref, entropy, stats, mean_d, ref_stats, *g, torch.bfloat16, False)
     assert abs(sum(work) - (6 if reference else 4)) < 1e-9                   # 12NVD or 8NVD operations
@@ -456,7 +508,7 @@ def test_peak_memory_of_plain_torch(monkeypatch):
     x, W = (torch.empty(n, D, device="meta", requires_grad=True) for n in (N, V))
     y = torch.zeros(N, dtype=torch.long, device="meta")
     with PeakMemory() as memory:
-        logprobs, entropy, kl = linear.linear_chunks(x, W, y, x.detach(), W.detach())
+        logprobs, entropy, kl, _ = linear.linear_chunks(x, W, y, x.detach(), W.detach())
         (logprobs + entropy + kl).sum().backward()
     chunk = 4 * linear.CHUNK
     print(f"\npeak: {memory.peak / chunk:.1f} chunks of logits")
@@ -545,11 +597,21 @@ def test_targets_out_of_range(monkeypatch):
 
 def test_references():
     """The plain torch that a reader compares the kernels with: its own gradients, and its values in float64."""
-    z, r, y = normal(3, 11).double().requires_grad_(), normal(3, 11, seed=1).double(), tokens(3, 11)
+    z, r, y = (x.cpu() for x in (normal(3, 11).double(), normal(3, 11, seed=1).double(), tokens(3, 11)))
+    z.requires_grad_()                          # float64 is for the references: the kernels take none
     assert torch.autograd.gradcheck(lambda z: logprob.logprobs_reference(z, y), z)
     assert torch.autograd.gradcheck(lambda z: kl.kl_reference(z, r), z)
     for ours, right in zip((*token_logprobs(z, y), kl.kl_reference(z, r)), truth(z, y, r)):
         assert error(ours, right) <= 1e-6
+
+
+@needs_triton
+def test_kernels_refuse_float64(monkeypatch):
+    monkeypatch.setattr(kernels, "PATH", "triton")
+    z, y = normal(3, 11).double(), tokens(3, 11)
+    for call in (lambda: token_logprobs(z, y), lambda: token_kl(z, z), lambda: linear_logprobs(z, z, y)):
+        with pytest.raises(TypeError, match="float32, bfloat16 or float16, not torch.float64"):
+            call()
 
 
 @needs_triton
@@ -574,9 +636,9 @@ def test_compile_does_not_break_the_graph(path, tiny_tiles):
     """One graph, the same numbers, and a new number of rows compiles once more and then never again."""
 
     def loss(x, W, y, ref_x, r):
-        logprobs, entropy, kl = linear_stats(x, W, y, ref_x, W.detach())
+        logprobs, entropy, kl, ref_logprobs = linear_stats(x, W, y, ref_x, W.detach())
         rows = sum(token_logprobs(x @ W.T, y)) + token_kl(x @ W.T, r)
-        return (logprobs - 0.1 * entropy + kl + rows).sum()
+        return (logprobs * ref_logprobs - 0.1 * entropy + kl + rows).sum()
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -628,14 +690,110 @@ def test_environment_variable():
     assert "this path needs triton" in missing[1]
 
 
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
 def test_benchmark(tmp_path):
     """A table on a CPU says so; its file holds machine, versions, command and every line."""
     if DEVICE == "cuda":
         pytest.skip("takes minutes on a GPU")
-    command = [sys.executable, "-m", "kernels.kl", "--out", str(tmp_path / "results" / "kernels.json")]
+    command = [sys.executable, "-m", "kernels.kl", "--out", str(tmp_path / "results" / "kernels.json"), "--seconds", "0"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "no GPU here" in run.stdout and not run.stderr, run.stderr
     found = json.loads((tmp_path / "results" / "kernels.json").read_text())["kl"]
     assert found["versions"]["torch"] == torch.__version__ and found["command"].startswith("python -m kernels.kl --out")
     ours = [line for line in found["lines"] if line["name"] == "ours"]
     assert len(ours) == 2 and all(line["both_ms"] > 0 and line["errors"][0] < 1e-6 for line in ours)
+    assert found["complete"] and list((tmp_path / "results").iterdir()) == [tmp_path / "results" / "kernels.json"]
+
+
+def toy_table(calls, seconds=0.0):
+    z, y = normal(4, 37), tokens(4, 37)
+    return bench.table("toy", calls, logprob.logprobs_reference, [z], [y], "GB/s", (1, 3), seconds)
+
+
+def test_a_rival_that_fails_is_a_line_with_its_reason(capsys):
+    """Missing, without a name, without an optional part, out of memory, in the backward only, in the middle of the
+    rounds: each costs its own line and no other's. What ours raises ends the run."""
+    def absent(z, y):
+        from no_such_library import logprobs
+        return logprobs(z, y)
+
+    def nameless(z, y):
+        from math import selective_log_softmax
+        return selective_log_softmax(z, y)
+
+    def fails(error):
+        def call(z, y):
+            raise error
+        return call
+
+    class Backward(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, z: z.sum(-1))
+
+        @staticmethod
+        def backward(ctx, g):
+            raise NotImplementedError("no gradient here")
+
+    seen = []
+
+    def late(z, y):
+        seen.append(z)
+        if len(seen) > 9:                       # six calls are not timed
+            raise RuntimeError("CUDA error")
+        return token_logprobs(z, y)
+
+    rivals = {"absent": absent, "nameless": nameless, "late": late, "backward": lambda z, y: Backward.apply(z),
+              "part": fails(ImportError("backend requires\nan optional part")),
+              "memory": fails(torch.OutOfMemoryError("Tried to allocate 2.00 GiB"))}
+    lines = {line["name"]: line for line in toy_table({**rivals, "ours": token_logprobs, "torch": truth})}
+    assert list(lines) == [*rivals, "ours", "torch"]                                    # the order of the calls
+    assert {name: line["failed"].split(" from")[0] for name, line in lines.items() if "failed" in line} == {
+        "absent": "ModuleNotFoundError: No module named 'no_such_library'",
+        "nameless": "ImportError: cannot import name 'selective_log_softmax'",
+        "late": "RuntimeError: CUDA error", "backward": "NotImplementedError: no gradient here",
+        "part": "ImportError: backend requires an optional part",
+        "memory": "OutOfMemoryError: Tried to allocate 2.00 GiB"}
+    assert all(lines[name]["both_ms"] > 0 and lines[name]["errors"][0] < 1e-5 for name in ("ours", "torch"))
+    shown = capsys.readouterr().out
+    assert all(line["failed"][:60] in shown for line in lines.values() if "failed" in line)
+    with pytest.raises(ZeroDivisionError):
+        toy_table({"ours": lambda z, y: 1 / 0, "torch": truth})
+
+
+def test_slow_rivals_take_fewer_rounds():
+    def slow(z, y):
+        time.sleep(0.01)
+        return truth(z, y)
+
+    lines = toy_table({"ours": token_logprobs, "slow": slow}, seconds=1)
+    assert lines[0]["rounds"] == bench.ROUNDS > lines[1]["rounds"] >= bench.LEAST
+
+
+KILLED = """
+import time, torch
+from kernels import bench, token_logprobs
+from kernels.logprob import logprobs_reference
+
+def tables():
+    z, y = bench.normal(4, 37), bench.tokens(4, 37)
+    yield "first", {"ours": token_logprobs}, logprobs_reference, [z], [y], "GB/s", (1, 3)
+    yield "second", {"ours": lambda z, y: time.sleep(600)}, logprobs_reference, [z], [y], "GB/s", (1, 3)
+
+bench.main("toy", tables)
+"""
+
+
+def test_a_run_that_is_killed_keeps_its_tables(tmp_path):
+    """The first table is in the file while the second runs, beside what other kernels left there."""
+    out = tmp_path / "kernels.json"
+    out.write_text(json.dumps({"kl": {"lines": []}}))
+    run = subprocess.Popen([sys.executable, "-c", KILLED, "--out", str(out), "--seconds", "0"], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE)
+    while "second" not in run.stdout.readline():
+        assert run.poll() is None
+    run.kill()
+    run.communicate()
+    found = json.loads(out.read_text())
+    assert found["kl"] == {"lines": []} and not found["toy"]["complete"]
+    assert [line["table"] for line in found["toy"]["lines"]] == ["first"]

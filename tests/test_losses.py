@@ -52,17 +52,20 @@ def tiny(vocab=12, value_head=True, seed=0, n_layer=1):
     return gpt
 
 
+TINY_MODEL = tiny()                                    # where a batch is packed for
+
+
 def test_sft_loss_is_the_mean_over_all_targets_of_the_step():
     """Eq. 1 on two rows of 3 and 1 targets: a mean of 4 numbers, not of two row means; the prompt has no part in it."""
     policy = tiny()
-    batch = reft.pack([([5, 6, 7, 8, 2], [False, False, True, True, True]), ([5, 2], [False, True])], 0, "cpu")
+    batch = reft.pack([([5, 6, 7, 8, 2], [False, False, True, True, True]), ([5, 2], [False, True])], TINY_MODEL)
     logp = policy.logits(batch["tokens"]).log_softmax(-1)
     expected = -(logp[0, 1, 7] + logp[0, 2, 8] + logp[0, 3, 2] + logp[1, 0, 2]) / 4
     close(reft.sft_loss(policy, batch, batch)[0], expected)
 
 
 def test_pack_marks_targets_and_the_end_token():
-    batch = reft.pack([([5, 6, 7, 8, 2], [False, False, True, True, True]), ([5, 2], [False, True])], 0, "cpu")
+    batch = reft.pack([([5, 6, 7, 8, 2], [False, False, True, True, True]), ([5, 2], [False, True])], TINY_MODEL)
     assert batch["tokens"].tolist() == [[5, 6, 7, 8, 2], [5, 2, 0, 0, 0]]
     assert batch["response_mask"].tolist() == [[False, True, True, True], [True, False, False, False]]
 
@@ -227,9 +230,9 @@ def test_policy_clip(monkeypatch, ratio, advantage, expected, moves):
 
 @pytest.mark.parametrize("target, expected, moves", [(1.0, 0.32, False), (0.0, 0.125, True)])
 def test_value_clip(monkeypatch, target, expected, moves):
-    loss, stats, _, grad = loss_of(monkeypatch, [[1]], rows([0]), values=rows([0.5]), returns=rows([target]))
+    loss, stats, _, grad = loss_of(monkeypatch, [[1]], rows([0]), values=rows([0.5]), returns=rows([target]), vf_coef=5.0)
     close(stats["value_loss"], expected)
-    close(loss, 5 * expected)                                                       # F9: alpha = 5
+    close(loss, 5 * expected)                                                       # F9: the paper's 5
     assert bool(grad.any()) == moves
 
 
@@ -305,7 +308,7 @@ class Words:
 def toy_rollout(args, critic=None, same_ref=False):
     policy = tiny()
     ref = copy.deepcopy(policy) if same_ref else tiny(seed=1)
-    problems = [{"prompt": [5] * (1 + i % 3) + [6], "given": [], "gold": 1.0} for i in range(12)]
+    problems = [{"prompt": [5] * (1 + i % 3) + [6], "gold": 1.0} for i in range(12)]
     torch.manual_seed(3)
     data, log = reft.rollout(policy, critic or policy, ref.requires_grad_(False), problems, Words(), args)
     return policy, ref, data, log
@@ -369,7 +372,7 @@ def test_micro_batches_cover_every_row_once_and_cut_padding():
 def test_the_end_token_is_trained():
     """A policy rewarded for stopping learns to stop: the sampled end token is an action with a gradient."""
     policy = tiny()
-    batch = reft.pack([([5, 6, 2], [False, False, True])], 0, "cpu")
+    batch = reft.pack([([5, 6, 2], [False, False, True])], TINY_MODEL)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     before = policy.logits(batch["tokens"])[0, 1].softmax(-1)[2].item()
     for _ in range(20):
@@ -377,19 +380,20 @@ def test_the_end_token_is_trained():
     assert policy.logits(batch["tokens"])[0, 1].softmax(-1)[2].item() > max(0.9, before)
 
 
-def test_truncated_rows_are_those_without_an_end_token():
+def test_responses_end_before_the_end_token_and_those_without_one_are_cut_off(monkeypatch):
     tokens, mask = torch.tensor([A_TOKENS, B_TOKENS, [2, 2, 5, 6, 7, 0, 0, 0]]), masks(A_MASK, B_MASK, [0, 1, 1, 1, 0, 0, 0])
-    assert reft.truncated(tokens, mask, eos_id=2).tolist() == [False, True, True]   # an end token in the prompt does not count
-
-
-def test_responses_hold_what_was_given_and_not_the_end_token():
-    tokens, mask = torch.tensor([A_TOKENS, B_TOKENS]), masks(A_MASK, B_MASK)
-    assert reft.responses(tokens, mask, [{"given": []}, {"given": [1]}], Words()) == ["ij", "bijijij"]
+    monkeypatch.setattr(reft, "generate", lambda *_: (tokens, mask))
+    monkeypatch.setattr(reft, "read_answers", lambda texts, problems, args: [float(len(text)) for text in texts])
+    problems = [{"prompt": [5], "gold": 2.0}] * 3
+    data, texts, answers = reft.respond(None, problems, Words(), ARGS)
+    assert texts == ["ij", "ijijij", "fgh"] and answers == [2, 6, 3] and data["outcomes"].tolist() == [1, pytest.approx(0.1), pytest.approx(0.1)]
+    assert data["ended"].tolist() == [True, False, False]            # an end token in the prompt does not count
+    assert reft.measures(data, answers)["truncated"] == [False, True, True]
 
 
 def test_a_loss_that_is_not_finite_names_the_tensor_and_keeps_the_weights():
     policy = tiny()
-    batch = reft.pack([([5, 6, 2], [False, False, True])], 0, "cpu")
+    batch = reft.pack([([5, 6, 2], [False, False, True])], TINY_MODEL)
     before = [p.clone() for p in policy.parameters()]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     broken = lambda micro, minibatch: (lambda loss: (loss, {"value_loss": loss}))(reft.sft_loss(policy, micro, minibatch)[0] * math.nan)
@@ -399,6 +403,7 @@ def test_a_loss_that_is_not_finite_names_the_tensor_and_keeps_the_weights():
 
 
 def test_batches_are_stateless_and_visit_everything_once_an_epoch():
-    drawn = list(itertools.chain(*[reft.draw(10, 4, i, 0) for i in range(5)]))
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
-    assert reft.draw(10, 4, 3, 0) == drawn[12:16] and reft.draw(10, 4, 3, 1) != drawn[12:16]
+    items = [chr(97 + i) for i in range(10)]
+    drawn = list(itertools.chain(*[reft.draw(items, 4, step, 0) for step in range(1, 6)]))
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == items and drawn[:10] != drawn[10:]
+    assert reft.draw(items, 4, 4, 0) == drawn[12:16] and reft.draw(items, 4, 4, 1) != drawn[12:16]

@@ -106,6 +106,7 @@ def test_a_new_model_saves_and_loads(family, tmp_path):
     gpt = small_gpt(**FAMILIES[family])
     assert gpt.config.family == family
     gpt.add_value_head()
+    torch.nn.init.normal_(gpt.value_head.weight)
     tokenizer = Tokenizer.from_pieces([f" {c}" for c in "abcdefghijk"])
     gpt.config.eos_id = tokenizer.eos_id
     save_checkpoint(tmp_path, gpt, tokenizer)
@@ -549,6 +550,10 @@ def test_value_head():
     gpt = small_gpt()
     assert gpt.value_head is None and not gpt.config.value_head
     gpt.add_value_head()
+    hidden = gpt(torch.randint(0, 12, (2, 5)))
+    assert not gpt.values(hidden).any()                                     # V = 0 at first, and nothing pulls at the trunk
+    assert not torch.autograd.grad((gpt.values(hidden) - 1).square().sum(), gpt.embed)[0].any()
+    torch.nn.init.normal_(gpt.value_head.weight), torch.nn.init.normal_(gpt.value_head.bias)
     hidden = gpt(torch.randint(0, 12, (2, 5)))
     expected = hidden @ gpt.value_head.weight[0] + gpt.value_head.bias
     torch.testing.assert_close(gpt.values(hidden), expected)

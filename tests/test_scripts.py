@@ -4,67 +4,24 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import random
 import re
-import runpy
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = [name for name in ("ppo_reft", "r3", "score", "prl") if (ROOT / f"{name}.py").exists()]
+from processes import ROOT, SCRIPTS, Running
+
 DIFFERS = {"Args", "reward", "rollout", "loss_fn", "evaluate", "main"}        # the papers' differences, nothing else
 
 TINY = ["--train-size", "64", "--warmup-epochs", "2", "--warmup-batch-size", "8", "--iterations", "3", "--batch-size", "8",
         "--minibatch-size", "8", "--micro-batch-size", "4", "--max-new-tokens", "12", "--eval-size", "8", "--eval-every", "3",
         "--save-every", "1", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--device", "cpu"]
-
-
-class Running:
-    """A script started as `python script.py flags` would start it, with its output in files: .kill(number), .wait() -> result.
-    Forked from here, where torch is loaded already: starting an interpreter for each of some eighty runs would take minutes."""
-
-    def __init__(self, script, argv):
-        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]
-        self.pid = os.fork()
-        if not self.pid:
-            code = 1
-            try:
-                os.dup2(self.files[0].fileno(), 1), os.dup2(self.files[1].fileno(), 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-                tqdm.set_lock(threading.RLock())       # not the one of all forks, which a child killed at the wrong moment keeps
-                sys.argv = [f"{script}.py", *argv]
-                runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-                code = 0
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
-
-    def kill(self, number):
-        os.kill(self.pid, number)
-
-    def ended(self):
-        return os.waitpid(self.pid, os.WNOHANG)[0] != 0
-
-    def wait(self):
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        texts = [(file.seek(0), file.read())[1] for file in self.files]
-        return subprocess.CompletedProcess([], status, *texts)
 
 
 def start(script, out, *flags, tiny=True):
@@ -293,7 +250,7 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     (["--model", "no/such/folder"], ["no/such/folder"]),
     (["--train-data", "x"], ["--eval-data"]),
     (["--max-new-tokens", "5000"], ["context"]),
-    *([] if torch.cuda.is_available() else [(["--device", "cuda"], ["no GPU"])]),
+    (["--device", "cuda"], ["no GPU"]),
 ])
 def test_impossible_flags_are_refused_and_nothing_is_written(flags, words, tmp_path):
     refuse(run("ppo_reft", tmp_path / "run", *flags), *words)

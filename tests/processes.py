@@ -1,0 +1,63 @@
+"""Runs of the scripts for the tests: a process each, in which torch is loaded already and no GPU is to be seen.
+
+To start an interpreter for each of some eighty runs would take minutes, and a fork of the tests' own process is of no use once
+CUDA or autograd have threads in it. So one clean process loads what the scripts need, and each run is a fork of that.
+"""
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [name for name in ("ppo_reft", "r3", "score", "prl") if (ROOT / f"{name}.py").exists()]
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "processes", *SCRIPTS])
+torch.set_num_threads(1)                               # no pool of threads may exist when a run is forked
+torch.optim.AdamW([torch.zeros(1)])                    # loads what an optimiser loads late, once for all forks
+
+
+def run_script(script, argv, folder, environment, files):
+    """What a forked process does: as `python script.py argv` in that folder and environment, with stdout and stderr in files."""
+    for stream, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY), stream)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment | NO_GPU)
+    tqdm.set_lock(threading.RLock())                   # not the one of all forks, which a child killed at the wrong moment keeps
+    sys.argv = [f"{script}.py", *argv]
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+
+
+class Running:
+    """A script started as `python script.py flags` would start it, with its output in files: .kill(number), .wait() -> result."""
+
+    def __init__(self, script, argv):
+        self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
+        with mock.patch.dict(os.environ, NO_GPU | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
+            multiprocessing.forkserver.ensure_running()                        # starts at the first run, and only then
+        arguments = script, argv, os.getcwd(), dict(os.environ), [file.name for file in self.files]
+        self.process = FORKS.Process(target=run_script, args=arguments, daemon=True)     # daemon: no test leaves one behind
+        self.process.start()
+
+    def kill(self, number):
+        with suppress(ProcessLookupError):             # it has ended
+            os.kill(self.process.pid, number)
+
+    def ended(self):
+        return not self.process.is_alive()
+
+    def wait(self):
+        self.process.join()
+        return subprocess.CompletedProcess([], self.process.exitcode, *[file.read() for file in self.files])
