@@ -48,6 +48,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -141,7 +142,7 @@ ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followe
 TRIGGER = ANSWER                          # the last one in a response announces its answer
 
 
-# ==== the paper ==============================================================================================================
+# ==== the paper ===============================================================================================================
 
 def reward(answers, problems, args):
     """Outcome of each attempt (B,): 1 for the right answer, or for a program that passes all tests, 0 for anything else."""
@@ -205,10 +206,9 @@ def leave_one_out(returns, counted, group_size):
 
 def turn_advantages(G1, G2, on1, stage, args):
     """A1 and A2 (B,) of the two turns; on1 (B,): rows whose first attempt is the policy's own."""
-    on2 = torch.ones_like(on1)
-    A1, A2 = leave_one_out(G1, on1, args.group_size), leave_one_out(G2, on2, args.group_size)
+    A1, A2 = leave_one_out(G1, on1, args.group_size), leave_one_out(G2, torch.ones_like(on1), args.group_size)
     if args.norm_std != "none":
-        A1, A2 = over_std((A1, A2), (on1, on2), args)
+        A1, A2 = over_std(A1, A2, on1, args)
     return A1, args.turn2_weight * A2 if stage == 2 else A2
 
 
@@ -264,7 +264,7 @@ def loss_fn(policy, ref, micro, minibatch):
         "entropy": entropy.sum() / minibatch["response_mask"].sum()}
 
 
-# ==== the loop ===============================================================================================================
+# ==== the loop ================================================================================================================
 
 def main(args):
     policy, tokenizer, train, dev, test = prepare(args)
@@ -344,7 +344,7 @@ def warm_up(policy, rows, tokenizer, state, args):
     return load_checkpoint(folder)[0].to(args.device)
 
 
-# ==== baselines ==============================================================================================================
+# ==== baselines ===============================================================================================================
 
 def sft_update(policy, rows, optimizer, iteration, steps, args):
     """An iteration of supervised training: `steps` optimiser steps on a schedule, as the warm-up's, over all iterations."""
@@ -411,11 +411,11 @@ def offline_first(ref, problems, tokenizer, args):
     return [p | {"first": next(written)} if chosen else p for p, chosen in zip(problems, offline)]
 
 
-def over_std(advantages, counted, args):
-    """A1 and A2 (B,) over the standard deviation of their question's returns, in that turn or in both; counted (B,): the rows that
-    took part in it. Undoes the bonus, which is a matter of scale."""
-    A = torch.stack(advantages).view(2, -1, args.group_size)                                                 # (2, Q, K)
-    n = torch.stack(counted).view(A.shape).sum(2)                                                            # (2, Q) rows
+def over_std(A1, A2, on1, args):
+    """A1 and A2 (B,) over the standard deviation of their question's returns, in that turn or in both. Undoes the bonus, which is
+    a matter of scale."""
+    A = torch.stack([A1, A2]).view(2, -1, args.group_size)                                                   # (2, Q, K)
+    n = torch.stack([on1, torch.ones_like(on1)]).view(A.shape).sum(2)                                        # (2, Q) rows
     centred = A * ((n - 1) / n.clamp(min=1))[..., None]                                                      # G - mean
     squares = centred.square().sum(2)
     if args.norm_std == "joint":
@@ -424,7 +424,7 @@ def over_std(advantages, counted, args):
     return (A / std).flatten(1)
 
 
-# ==== what an episode is measured by =========================================================================================
+# ==== what an episode is measured by ==========================================================================================
 
 def turn_measures(first, second):
     """{name: a number for each episode} of what training and evaluation both log; in the means every rate is one of all problems,
@@ -531,7 +531,7 @@ def plot_turns(state, args):
     picture.savefig(Path(args.out) / "turns.png", dpi=100)
 
 
-# ==== the task: problems, prompts, answers ===================================================================================
+# ==== the task: problems, prompts, answers ====================================================================================
 
 FORM = ('At the end of the Solution, when you give your final answer, write it on a line of its own in the form '
         '"Therefore, the answer is: answer".')
@@ -627,7 +627,7 @@ def parse_record(raw, args):
         cot = re.sub(ours, "", cot, flags=re.S)
     elif "####" in str(raw.get("answer")) and args.cot == "text":    # GSM8K
         cot, _, answer = raw["answer"].rpartition("####")
-        cot, answer = cot.strip(), answer.strip().replace(",", "")
+        cot, answer = cot.strip(), re.sub(r",(?=\d{3}\b)", "", answer.strip())
     else:
         raise InputError("neither GSM8K's form (question, answer with a line '#### y') nor ReFT's (question, answer_cot, "
                          "answer_value); --cot program needs ReFT's, with a program in answer_cot")
@@ -662,32 +662,19 @@ def read_answers(texts, problems, args):
     if args.cot == "program":
         found = run_programs([problem["header"] + text for problem, text in zip(problems, texts)])
     else:
-        found = [text.rpartition(TRIGGER)[2].strip().split("\n")[0] if TRIGGER in text else None for text in texts]
+        found = [text.rpartition(TRIGGER)[2].strip() if TRIGGER in text else None for text in texts]
+        found = [text if args.strict else text and text.split("\n")[0] for text in found]   # strict: all that follows
     read = read_float if args.strict else read_number
     return [read(answer) if isinstance(answer, str) else answer for answer in found]
 
 
-NUMBER = r"[-+]?\$?[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
-
-
-def read_number(text):
-    """The first number of a line after its last "=": signs, $, 1,000, decimals, exponents and a/b are read, units and a final
-    full stop ignored. None if there is none, or it is not finite."""
-    found = re.search(f"({NUMBER})(?: ?/ ?({NUMBER}))?", text.rpartition("=")[2])
-    if not found:
-        return None
-    over, under = [float(number.replace(",", "").replace("$", "")) for number in found.groups(default="1")]
-    value = over / under if under else math.nan
-    return value if math.isfinite(value) else None
-
-
 def read_float(text):
-    """What float() makes of the whole text, as in the authors' code."""
+    """What float() makes of all of text, as in the authors' code: nan and inf are numbers, "18 apples" is None."""
     with suppress(ValueError):
         return float(text)
 
 
-# ==== programs ===============================================================================================================
+# ==== programs ================================================================================================================
 
 HEADER = r'^def solution\(\):\s*""".*?"""\n'                         # of a program in a data file, which gives way to PROGRAM
 from concurrent.futures import ThreadPoolExecutor
@@ -728,7 +715,7 @@ def run_program(program, session):
     return float(value) if type(value) in (int, float, Decimal) and math.isfinite(value) else None
 
 
-# ==== programs that pass tests: MBPP and HumanEval ===========================================================================
+# ==== programs that pass tests: MBPP and HumanEval ============================================================================
 
 def parse_code(raw, where):
     """A record of MBPP or HumanEval as {"question", "cot": a right program, "setup": code before it, "tests": code after it}, of
@@ -887,6 +874,62 @@ def initial_policy(args):
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     return policy.to(args.device), tokenizer
+
+
+# ==== numbers =================================================================================================================
+
+SCALES = {"hundred": 1e2, "thousand": 1e3, "k": 1e3, "lakh": 1e5, "million": 1e6, "crore": 1e7, "billion": 1e9, "bn": 1e9,
+          "trillion": 1e12}
+SCALE = rf"(?<![A-Za-z])(?ai:{'|'.join(SCALES)})s?(?<!K)\b"                    # 5k is 5000, but 300K, like 3M, may be in a unit
+DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"([-+] ?)?(?:(\d+) (?:and )?(?=\d\d? ?/ ?\d))?({DECIMAL}(?:[eE][-+]?\d+)?)"     # sign, whole, first,
+                    rf"(?: ?([/^]) ?\(?([-+]?{DECIMAL})\)?)?((?:[ -]?{SCALE}(?!-))*)")                # operator, second, scale
+# a number is not alone behind a name, call, operator or other item, nor in front of another number, an operator or a multiplier
+BEFORE = re.compile(rf"[\w.,)]$|\w\($|[-+*/^×÷—―][ (]*$|\b(?:and|or)[ (]+$|\b(?:half|root) of $|{SCALE} $|[\\√π∞±≠≤≥<>]")
+AFTER = re.compile(rf"[\d\\√π∞±≠≤≥<>^+*×÷]|{SCALE}|\bdozens?\b|\band a half\b|^[KMBT]\b|^[ -]?(?:half|halves|squared|cubed|pi|or|"
+                   r"and (?:an?|one|two|three)|(?:thir|four|fif|six|eigh|ten|hundred|thousand)(?:d|th)s?)\b")
+# one spelling for what has several: each pattern gives way to what stands beside it, in this order and in linear time
+SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in [
+    ("[\u00ad\u200b-\u200f\u2060\ufeff`]|<<[^<>]*>>", ""), ("[‐-–−]", "-"), ("[⁄∕]", "/"), ("[‘’ʼ]", "'"),
+    (r"\\[,;: ]|\\?~|\s+", " "), (r"\\!|\{(?=,\})|(?<=\{,)\}", ""), (r"[·⋅]|\\times|\\cdot", "×"),              # LaTeX: 1{,}000,
+    (r"\\[cdt]?frac ?(?:\{([-+\d., ]*)\}|(\d)) ?(?:\{([-+\d., ]*)\}|(\d))", r"\1\2/\3\4 "),                     # fractions,
+    (r"\\(?:text|math)[a-z]*|\\(?:boxed|left|right|displaystyle)(?![a-z])|\\(?![A-Za-z])", ""),                 # and wrappers
+    (r"\^? ?\{?\\circ\}?", "°"), ("[<>!]=", "≠"), (r"[=-]>|[≈→⇒]|\\approx", "="),
+    ("<([^<>]*)>", r" (\1) "), (r"[{[]", "("), (r"[]}]", ")"),
+    (r"(?<=\d)( ?)\*\*\1(?=[-+(\d])", "^"), (r"\*\*|__", ""),                                                   # 2**3, **18**
+    (r"(?<=\d) ?[xX×*] ?10 ?\^ ?\(?([-+]?\d+)\)?(?!\.?\d|\^)", r"e\1"),                                       # 1.5 x 10^3
+    (r"(?<![A-Za-z])([kcdm]?m|ft|in|yd|mi|feet|units?)(?:\)? ?\^\(?[23]\b\)?|[23]\b)", r"\1"),                  # 18 m^2, 18 m2
+    (r"(?<!\d)(?<!\d )(?:\b[A-Z]{1,2})?[$¢£¥₠-⃀] ?|\b(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|Rs\.?) ?(?=[-+.\d])", ""),
+    (r"\b(?i:minus|negative) (?=[\d.])", "-"),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3})+,\d+(?![.,]?\d)", lambda m: m[0].replace(".", "").replace(",", ".")),  # 1.234,5
+    (r"(?<![\d.,'_])(?<!\d )[1-9]\d{0,2}(?:([ ,'_])\d{3}(?:\1\d{3})*(?!\1?\d|(?<= \d{3}) ?/)|(?:\.\d{3}){2,}(?!\.?\d))",
+     lambda m: re.sub(r"\D", "", m[0])),                                                                        # 1,234
+    (r"(?<![\d.,(])(?<!\([-+ ])(0|\d+(?!,\d{3}(?!\d))),(\d+)(?![.,]?\d)", r"\1.\2"),                      # 3,5; (3,5) is a pair
+]]
+
+
+def read_number(text):
+    """The number after the last "=" of a line; None unless there is just one and it has one reading. Units, currency and % are
+    ignored; a comma before exactly three digits groups them, another is a decimal comma; points group in 1.234,5 and 1.234.567."""
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞]|\\[cdt]?frac)", " ", text)           # NFKC alone makes 21/2 of 2½, 23 of 2³, 52 of 5₂
+    text = re.sub("([⁻⁰¹²³⁴-⁹]+)|[₀-₉]", lambda m: ("^" if m[1] else "_") + m[0], text)
+    text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFKC", text))
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    *earlier, text = text.split("=")
+    found = NUMBER.search(text := text.strip(" *_"))
+    if not found or len(earlier) > 1 and re.search("[,;&]| and | or ", re.split(r"\d", earlier[-1])[-1]):       # x = 5, y = 6
+        return None
+    before, after, (sign, whole, first, operator, second, scale) = text[:found.start()], text[found.end():], found.groups("")
+    if BEFORE.search(before) or AFTER.search(after) or sign and operator == "^" or sign[1:] and re.search(r"[\w)] $", before):
+        return None                                                         # -2^2 has two readings, n - 5 is not a number
+    first, second = float(first), float(second or 1)
+    if whole and first >= second:
+        return None
+    with suppress(ArithmeticError):                                         # 1/0, 9^999
+        value = first ** second if operator == "^" else float(whole or 0) + first / second
+        value *= math.prod(SCALES[word.removesuffix("s")] for word in re.findall("[a-z]+", scale.lower()))
+        return (-value if "-" in sign else value) if math.isfinite(value) else None
 
 
 # ==== responses and their evaluation ==========================================================================================

@@ -7,8 +7,6 @@ import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ import torch
 import score
 from model import GPT, GPTConfig, Tokenizer, save_checkpoint
 from test_losses import Words, close, tiny
-from test_scripts import ROOT, read_log, refuse, run
+from test_scripts import read_log, refuse, run
 
 ARGS = dataclasses.replace(score.Args(), device="cpu", alpha=10.0, beta1=0.01, beta2=0.1)
 double = functools.partial(torch.tensor, dtype=torch.float64)
@@ -739,9 +737,7 @@ def test_code_runs_from_files(letters, tmp_path):
     train.write_text("\n".join(json.dumps(r | {"task_id": 505 + 10 * i}) for i, r in enumerate(small_programs(20, 0))))
     (tmp_path / "humaneval.jsonl").write_text(json.dumps(HUMANEVAL))
     data = ["--train-data", train, "--eval-data", tmp_path / "humaneval.jsonl"]
-    command = ["--out", tmp_path / "files", "--task", "code", "--model", letters, *data, *SMALL]
-    # an interpreter of its own: a fork of this process would wait for the threads of the pool that the tests above ran programs in
-    result = subprocess.run([sys.executable, ROOT / "score.py", *map(str, command)], capture_output=True, text=True, timeout=300)
+    result = run("score", tmp_path / "files", "--task", "code", "--model", letters, *data, *SMALL, tiny=False)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "files/summary.json").read_text())["problems"] == 1
     train.write_text(json.dumps({"question": "a", "answer": "#### 1"}))
