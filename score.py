@@ -20,20 +20,21 @@ the base model by a strong KL; stage II rewards both, and y2 gets a bonus for a 
 Eq. 1 is ReFT's; the paper's own Eq. 1 to 5 are S1 to S5, its text has S6 and S10. Not disclosed there and chosen here: baseline
 (S7), exact KL summed over a turn (S8), share of stage I, samples per question. The reference is the base in both stages. In
 expectation and with gamma = 0 the bonus is a factor 1 + alpha on the gradient of r2: r1 is part of x2, so it acts as a baseline.
-Programs are asked for without worked examples (paper: three for MBPP). No code of the authors is known.
+Programs are asked for without worked examples (paper: three for MBPP). No code of the authors is known. Below: the flags, the
+paper, its loop (main), its baselines, and last what all four scripts have in common.
 
     python score.py                                               built-in problems, a small GPT from nothing, a few CPU minutes
-    python score.py --method multi-turn                           an ablation: both rewards from the start, no bonus
-    python score.py --method star --model runs/score-score-s0/warmup --warmup-epochs 0
-                                                                  a baseline, from the same warm-up
+    python score.py --method star --model runs/score-score-s0/warmup --warmup-epochs 0        a baseline, from the same warm-up
     python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl --warmup-epochs 0 --lr 5e-6
         --max-new-tokens 400                                      a pretrained checkpoint on GSM8K's files or ReFT's
     python score.py --task code --model FOLDER --train-data mbpp.jsonl --eval-data HumanEval.jsonl --warmup-epochs 0 --lr 1e-5
         --max-new-tokens 300                                      programs instead of answers
 """
 import argparse
+import atexit
 import copy
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -41,42 +42,42 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
+import unicodedata
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Literal, get_args
 
 import torch
-from matplotlib.figure import Figure
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from kernels import linear_kl, linear_logprobs
+from kernels import linear_logprobs, linear_stats
 from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_checkpoint, generate
 
-METHODS = ("score", "base", "self-refine", "star", "star-plus", "pair-sft", "pair-sft-plus", "multi-turn", "single-turn",
-           "no-stage1", "no-shaping", "star-stage2")
-CHOICES = {"method": METHODS, "task": ("math", "code"), "problems": ("numeric",), "cot": ("text", "program"),
-           "kl_mode": ("loss", "reward"), "norm_std": ("none", "turn", "joint"), "device": ("cpu", "cuda")}
+METHODS = Literal["score", "multi-turn", "single-turn", "no-stage1", "no-shaping", "star-stage2",
+                  "base", "self-refine", "star", "star-plus", "pair-sft", "pair-sft-plus"]
 
 
 @dataclass
 class Args:
     # run
-    method: str = "score"            # score | base, self-refine: untrained | star, pair-sft, also -plus: supervised | ablations
-    task: str = "math"               # math: an answer | code: a program that passes tests
+    method: METHODS = "score"        # the paper's own; five ablations; base, self-refine: untrained; the last four: supervised
+    task: Literal["math", "code"] = "math"    # an answer; a program that passes tests, from files only
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
-    train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; code: MBPP's JSON lines; empty: built-in problems
+    train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; code: MBPP's; empty: the built-in problems
     eval_data: str = ""              # test set in the same form, code: or in HumanEval's; needed with --train-data
-    problems: str = "numeric"        # built-in problems: numeric
-    cot: str = "text"                # rationales are text (N-CoT) | program (P-CoT: Python, run in a sandbox), from files only
+    cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), from files only
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
-    device: str = "auto"             # cpu | cuda | auto
+    device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     resume: bool = False             # go on with the run in --out exactly where it was saved
     # model from nothing, used without --model (small and many steps beats large and few)
     n_layer: int = 2                 # layers
@@ -104,8 +105,8 @@ class Args:
     beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
     gamma: float = 0.0               # share of R2 that y1 gets in stage II; paper: 0 (0.8 with alpha 1 collapsed)
     turn2_weight: float = 1.0        # factor on y2's advantages in stage II; with no-shaping, 11 is like alpha = 10 on average
-    kl_mode: str = "loss"            # loss: exact KL in the loss | reward: sampled log-ratio in the reward; not disclosed
-    norm_std: str = "none"           # advantages are divided by nothing | the std of the turn's returns | of both turns': joint
+    kl_mode: Literal["loss", "reward"] = "loss"    # exact KL in the loss; sampled log-ratio in the reward; not disclosed
+    norm_std: Literal["none", "turn", "joint"] = "none"    # what divides advantages: std of a turn's returns, of both turns'
     offline_fraction: float = 0.0    # q, share of first attempts in stage II that the base writes; paper: in "some experiments"
     grad_clip: float = 1.0           # norm of the gradient; not disclosed
     # supervised baselines
@@ -119,415 +120,611 @@ class Args:
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
 
+    def __post_init__(self):
+        self.iterations = 0 if self.method in ("base", "self-refine") else self.iterations
+        rows, programs = self.batch_size * self.group_size, (self.task == "code") + (self.cot == "program")
+        conflicts = {f"--{name.replace('_', '-')} {getattr(self, name)}: is a share, at most 1": getattr(self, name) > 1
+                     for name in ("stage1", "offline_fraction", "slips")} | {
+            f"--group-size {self.group_size}: must be at least 2, episodes of a question are compared": self.group_size < 2,
+            f"--minibatch-size {self.minibatch_size}: must hold all {rows} rows of a rollout": self.minibatch_size < rows,
+            "--task code, --cot program: each needs --train-data, and goes without the other": programs > bool(self.train_data),
+            "--turn2-weight would weigh the KL too in --kl-mode reward": self.turn2_weight != 1 and self.kl_mode == "reward",
+            "--method single-turn trains its own first attempts on r1 alone: no --offline-fraction, no --gamma":
+                self.method == "single-turn" and (self.offline_fraction or self.gamma)}
+        for message, wrong in conflicts.items():
+            if wrong:
+                raise InputError(message)
 
-# ---- data and reward ---------------------------------------------------------------------------------------------------------
 
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
-PROGRAM = 'def solution():\n    """{question}"""\n    '     # opens a rationale that is a program
+PROGRAM = 'def solution():\n    """{question}"""\n'         # for a rationale that is a program the prompt goes on with this
 ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
 TRIGGER = ANSWER                          # the last one in a response announces its answer
-NUMBER = r"[-+]?\$?[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
 
 
-def builtin_record(rng, operations, args):
-    """A problem in ReFT's form: a chain of additions and subtractions that stays between 0 and 19, one step a line. Annotators
-    have two styles: a careful one does one operation a line; a hasty one, more common on long chains, does four at once (as a
-    program: writes down what they give), which is right in the data but hard to do in one's head. Supervised training copies
-    the mixture; reinforcement learning finds out which style is right more often."""
-    totals, chain = [rng.randrange(20)], []
-    for _ in range(operations):
-        number = rng.randint(1, 9)
-        sign = rng.choice([sign for sign in (1, -1) if 0 <= totals[-1] + sign * number < 20])
-        chain, totals = chain + [f" {'+' if sign > 0 else '-'} {number}"], totals + [totals[-1] + sign * number]
-    stride = 1 if rng.random() < (0.7 if operations <= 3 else 0.3) else 4
-    stops = [*range(stride, operations, stride), operations]              # the operations after which a line ends
-    starts, question, answer = [0] + stops[:-1], f"What is {totals[0]}{''.join(chain)}?", f"{totals[-1]}"
-    if args.problems == "choice":
-        options = rng.sample([n for n in range(20) if n != totals[-1]], 4)
-        options.insert(rng.randrange(5), totals[-1])
-        listed = [f"{letter} ) {option}" for letter, option in zip("abcde", options)]
-        question += "\n" + " , ".join(listed)
-        answer = "abcde"[options.index(totals[-1])]
-    if args.cot == "text":
-        lines = [f"{totals[i]}{''.join(chain[i:j])} = {totals[j]}" for i, j in zip(starts, stops)]
-        if args.problems == "choice":                                # goes through the options up to the right one
-            lines.append(" , ".join(listed[:options.index(totals[-1]) + 1]))
-        cot = "\n".join(lines)
-    else:
-        careful = [f"x = {totals[0] if i == 0 else 'x'}{chain[i]}" for i in range(operations)]
-        lines = careful if stride == 1 else [f"x = {totals[j]}" for j in stops]
-        value = f'"abcde"[[{" , ".join(map(str, options))}].index(x)]' if args.problems == "choice" else "x"
-        cot = "\n    ".join([PROGRAM.format(question=question) + lines[0], *lines[1:], f"return {value}"])
-    return {"question": question, "answer_cot": cot, "answer_value": answer}
-
-
-def builtin_records(n, low, high, seed, args, without=()):
-    """n built-in problems of low to high operations, the same for the same seed; none asks a question of `without`."""
-    rng, seen, records = random.Random(seed), {r["question"] for r in without}, []
-    while len(records) < n:
-        record = builtin_record(rng, rng.randint(low, high), args)
-        if record["question"] not in seen:
-            records.append(record)
-    return records
-
-
-def builtin_tokenizer(args):
-    """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
-    index = ['"abcde"[[', "].index(x)]"] if args.problems == "choice" else []            # the letter that a program returns
-    return Tokenizer.from_pieces(index + [str(number) for number in range(20)] + PROMPT.split("{question}")
-                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
-                                    *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
-
-
-def read_records(path):
-    """[(where, record)] of a data file: GSM8K's JSON lines or ReFT's JSON list, told apart by their content."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            records = [(f"{path}: record {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        else:
-            where = path                                             # the line at fault, should one fail
-            records = []
-            for i, line in enumerate(text.splitlines(), 1):
-                where = f"{path}:{i}"
-                if line.strip():
-                    records.append((where, json.loads(line)))
-    except json.JSONDecodeError as error:
-        where = path if text.lstrip().startswith("[") else where
-        raise InputError(f"{where}: not JSON: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if not records:
-        raise InputError(f"{path}: holds no records")
-    return records
-
-
-def parse_record(raw, where, args):
-    """A raw record as {"question", "cot", "answer": text, "gold": float, or a letter for multiple choice}, or an InputError."""
-    if not isinstance(raw, dict) or not isinstance(raw.get("question"), str):
-        raise InputError(f"{where}: a record needs a text `question`")
-    if "answer_value" in raw:                                        # ReFT; its closing sentence gives way to ours
-        cot = str(raw.get("answer_cot") or "")
-        cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", cot) if args.cot == "text" else cot
-        answer = str(raw["answer_value"]).strip()
-    elif isinstance(raw.get("answer"), str) and "####" in raw["answer"]:
-        cot, _, answer = raw["answer"].rpartition("####")            # GSM8K
-        answer = answer.strip().replace(",", "")
-        if args.cot == "program":
-            raise InputError(f"{where}: --cot program needs ReFT's form with a program in answer_cot")
-    else:
-        raise InputError(f"{where}: neither GSM8K's form (question, answer with a line '#### y') "
-                         "nor ReFT's (question, answer_cot, answer_value)")
-    if args.strip_annotations:
-        cot = re.sub(r"<<[^<>]*>>", "", cot)
-    gold = answer.lower() if re.fullmatch("[A-Za-z]", answer) else parse_number(answer)
-    if gold is None:
-        raise InputError(f"{where}: the answer {answer!r} is neither a number nor a letter")
-    return {"question": raw["question"].strip(), "cot": cot.strip(), "answer": answer, "gold": gold}
-
-
-def load_problems(args):
-    """Train, dev and test records. Built-in ones are always the same and share no question between the splits. Of a file's
-    training questions 10 %, at most 500, become the dev split; a question asked twice stays on one side."""
-    if not args.train_data:
-        low, high = args.operations_low, args.operations_high
-        dev = builtin_records(args.eval_size, low, high, 1, args)
-        test = builtin_records(args.eval_size, low, high, 2, args, without=dev)
-        train = builtin_records(args.train_size, 1, high, 3, args, without=dev + test)
-        return [[parse_record(r, "built-in", args) for r in split] for split in (train, dev, test)]
-    train = [parse_record(raw, where, args) for where, raw in read_records(args.train_data)]
-    test = [parse_record(raw, where, args) for where, raw in read_records(args.eval_data)][:args.eval_size]
-    questions = sorted({r["question"] for r in train})
-    random.Random(0).shuffle(questions)
-    held_out = set(questions[:min(500, len(questions) // 10)])
-    dev = [r for r in train if r["question"] in held_out][:args.eval_size]
-    # a rationale that only points to an earlier question ("already answered ... the answer is <4>") demonstrates nothing
-    empty = lambda r: not r["cot"] or args.cot == "text" and re.search("answer is <(?!<)", r["cot"])
-    train = [r for r in train if r["question"] not in held_out and not empty(r)]
-    if not train or not dev:
-        raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
-    return train, dev, test
-
-
-def tokens_within(ids, tokenizer, end):
-    """How many leading ids lie within the first `end` bytes of their text; a token across that place does not."""
-    count = length = 0
-    for token in ids:
-        length += len(tokenizer.token_bytes(token))
-        if length > end:
-            break
-        count += 1
-    return count
-
-
-def encode_record(record, tokenizer, args):
-    """Adds the token ids: "prompt"; "given", what of the response is given before the policy goes on (a program's def line and
-    docstring, cut from the ids of a whole program so that the seam is the demonstrations'); "response", with its end token."""
-    prompt, given, target = PROMPT.format(question=record["question"]), [], f"{record['cot']}{ANSWER}{record['answer']}"
-    if args.cot == "program":
-        target, header = record["cot"], PROGRAM.format(question=record["question"])[:-len("    ")]
-        given = tokenizer.encode(header + "    x = 0")
-        given = given[:tokens_within(given, tokenizer, len(header.encode()))]
-    response = tokenizer.encode(target) + [tokenizer.eos_id]
-    return record | {"prompt": tokenizer.encode(prompt), "given": given, "response": response}
-
-
-def parse_number(text):
-    """The first number of a line after its last "=": signs, $, 1,000, decimals, exponents and a/b are read, units and a final
-    full stop ignored. None if there is none, or it is not finite."""
-    found = re.search(f"({NUMBER})(?: ?/ ?({NUMBER}))?", text.rpartition("=")[2])
-    if not found:
-        return None
-    over, under = [float(number.replace(",", "").replace("$", "")) for number in found.groups(default="1")]
-    value = over / under if under else math.nan
-    return value if math.isfinite(value) else None
-
-
-def read_letter(text):
-    """The only letter of text, lower-case; None if there is more or less than one."""
-    letters = re.findall(r"[a-z]+", text.lower())
-    return letters[0] if len(letters) == 1 and len(letters[0]) == 1 else None
-
-
-def read_answers(texts, problems, args):
-    """The answer of each response: a float, a letter where the problem is multiple choice, None if there is none. A response in
-    words announces it after the last TRIGGER; a program is run."""
-    if args.cot == "program":
-        found = run_programs(texts)
-    else:
-        parts = [text.rpartition(TRIGGER) for text in texts]
-        found = [answer.strip().split("\n")[0] if trigger else None for _, trigger, answer in parts]
-    answers = []
-    for answer, problem in zip(found, problems):
-        if isinstance(answer, str) and isinstance(problem["gold"], str):
-            answer = read_letter(answer)
-        elif isinstance(answer, str) and not args.strict:
-            answer = parse_number(answer)
-        elif isinstance(answer, str):
-            with suppress(ValueError):
-                answer = float(answer)
-        answers.append(answer if type(answer) is type(problem["gold"]) else None)
-    return answers
-
+# ==== the paper ===============================================================================================================
 
 def reward(answers, problems, args):
     """Outcome of each attempt (B,): 1 for the right answer, or for a program that passes all tests, 0 for anything else."""
     if args.task == "code":
         return passes(answers, problems)
-    right = [answer == p["gold"] if isinstance(answer, str) or answer is None else abs(answer - p["gold"]) <= 1e-2
-             for answer, p in zip(answers, problems)]
-    return torch.tensor(right, dtype=torch.float32)                                                                  # S1
+    return torch.tensor([float(answer is not None and abs(answer - problem["gold"]) <= 1e-2)                         # S1
+                         for answer, problem in zip(answers, problems)])
 
 
-# ---- sandbox -----------------------------------------------------------------------------------------------------------------
-
-CPU_SECONDS, WALL_SECONDS, MAX_CHARS = 3, 5, 1000          # limits of a program; of a string it returns so much is kept
-
-
-def system_call_filter():
-    """seccomp-BPF: a program may compute, and write to fds 0 to 3. Returns struct sock_fprog and the code to keep."""
-    import ctypes, os, struct
-    # mmap mprotect munmap brk rt_sigreturn sched_yield mremap madvise exit gettimeofday futex clock_gettime
-    # clock_getres exit_group getrandom; then the number of the architecture and write
-    calls = {"x86_64": (9, 10, 11, 12, 15, 24, 25, 28, 60, 96, 202, 228, 229, 231, 318, 0xC000003E, 1),
-             "aarch64": (222, 226, 215, 214, 139, 124, 216, 233, 93, 169, 98, 113, 114, 94, 278, 0xC00000B7, 64)}
-    *calls, arch, write = calls[os.uname().machine]
-    load, equal, greater, end, allow, deny = 0x20, 0x15, 0x25, 0x06, 0x7FFF0000, 0x00050001    # deny: fails with EPERM
-    code = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, deny), (load, 0, 0, 0)]         # 0: call, 4: arch, 16: fd
-    code += [line for call in calls for line in ((equal, 0, 1, call), (end, 0, 0, allow))]
-    code += [(equal, 0, 2, write), (load, 0, 0, 16), (greater, 0, 1, 3), (end, 0, 0, deny), (end, 0, 0, allow)]
-    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    return struct.pack("HP", len(code), ctypes.addressof(buffer)), buffer
+def one_turn(policy, problems, tokenizer, args, temperature=1.0):
+    """An attempt at each problem, {"ids", "text", "answer", "outcome", "ended"}. One that ran out of room has no answer."""
+    if not problems:
+        return []
+    data, texts, answers = respond(policy, problems, tokenizer, args, temperature)
+    attempts = zip(response_ids(data), texts, answers, data["outcomes"].tolist(), data["ended"].tolist())
+    return [{"ids": ids, "text": text, "answer": answer if ended else None, "outcome": outcome if ended else 0.0, "ended": ended}
+            for ids, text, answer, outcome, ended in attempts]
 
 
-def program_helper():
-    """The whole helper process: one request on stdin; on stdout a line `[index, what it wrote]` for each program."""
-    import ast, builtins, ctypes, gc, importlib, json, math, numbers, os, resource, select, signal, sys, time
-    import unicodedata                                      # the parser loads it for names such as größe
-    from contextlib import suppress
-
-    request, linux, bpf = json.load(sys.stdin), sys.platform == "linux", None
-    allowed = """__future__ _strptime array bisect calendar cmath collections copy dataclasses datetime decimal enum
-        fractions functools hashlib heapq itertools math numbers operator random re statistics string sympy sys time
-        typing""".split()
-    for name in allowed:                                    # now, since a program cannot open files
-        if any(name.strip("_") in text for text in request["programs"]):
-            with suppress(ImportError):
-                importlib.import_module(name)
-    if "sympy" in sys.modules:
-        for name in "solve", "solveset", "simplify", "integrate":           # it imports its parts when first needed
-            getattr(sys.modules["sympy"], name)("x**2 - 4")
-
-    if linux:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl.argtypes = [ctypes.c_ulong, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong]
-        libc.unshare(0x40000000 | (0x10000000 if os.geteuid() else 0))      # own network; users need a user namespace
-    if os.geteuid() == 0:                                   # root is exempt from the limit on processes
-        with suppress(OSError):
-            os.setgroups([]), os.setgid(65534), os.setuid(65534)
-    if linux:
-        for option, value in (38, 1), (4, 0), (1, 9):       # no new privileges, not dumpable, dies with the trainer
-            libc.prctl(option, value, None, 0, 0)
-        with suppress(KeyError):                            # another architecture
-            if libc.prctl(22, 2, None, 0, 0) and ctypes.get_errno() == 14:  # EFAULT: filters exist, none at address 0
-                bpf, buffer = system_call_filter()
-    if not bpf:
-        print(json.dumps([None, f"{sys.platform} {os.uname().machine}"]), flush=True)
-
-    def limited_import(name, *args, load=builtins.__import__, **kwargs):
-        if name.split(".")[0] not in allowed:
-            raise ImportError(name)
-        return load(name, *args, **kwargs)
-
-    def run_program(text, pipe):
-        os.setsid()
-        for fd in 0, 1, 2:
-            os.dup2(null, fd)
-        os.dup2(pipe, 3), os.closerange(4, 1024)
-        for name, limit in dict(CPU=request["cpu"], AS=512 << 20, FSIZE=0, CORE=0, NPROC=0, NOFILE=4).items():
-            with suppress(ValueError, OSError):             # macOS refuses AS
-                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-        if linux and (libc.prctl(1, 9, None, 0, 0) or bpf and libc.prctl(22, 2, bpf, 0, 0)):   # 1: dies with the helper
-            return
-        if "random" in sys.modules:
-            sys.modules["random"].seed(0)                   # the same value in each run (see also PYTHONHASHSEED)
-        lines, tree = text.split("\n"), None
-        while lines and not tree:                           # the longest prefix of lines that parses
-            try:
-                tree = ast.parse("\n".join(lines))
-            except Exception as error:                      # no prefix that holds the wrong line parses
-                del lines[min(len(lines), getattr(error, "lineno", 0) or len(lines)) - 1:]
-        kept = ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign, ast.AnnAssign
-        tree.body = [n for n in tree.body if isinstance(n, kept) and getattr(n, "value", n)]   # not prose `Note: x`
-        names = {k: v for k, v in vars(builtins).items() if k not in ("open", "input", "breakpoint")}
-        scope = {"__builtins__": names | {"__import__": limited_import}, "__name__": "__main__", "math": math}
-        exec(compile(tree, "program", "exec"), scope)
-        value = scope["solution"]()
-        if isinstance(value, str):
-            value = value[:request["chars"]]
-        elif isinstance(value, numbers.Number) and not isinstance(value, bool) or hasattr(value, "is_number"):  # sympy
-            value = float(value)
-        os.write(3, json.dumps(value).encode())
-
-    null, room = os.open(os.devnull, os.O_RDWR), 16 * request["chars"]
-    gc.freeze()                                             # else a collection in a child copies every page
-    queue, running = list(enumerate(request["programs"]))[::-1], {}
-    while queue or running:
-        while queue and len(running) < request["workers"]:
-            (index, text), (reader, writer) = queue.pop(), os.pipe()
-            pid = os.fork()
-            if not pid:
-                try:
-                    run_program(text, writer)
-                finally:
-                    os._exit(0)
-            os.close(writer)
-            running[reader] = index, pid, time.monotonic() + request["wall"], b""
-        patience = min(deadline for _, _, deadline, _ in running.values()) - time.monotonic()
-        ready = select.select(running, [], [], max(0, patience))[0]
-        for reader, (index, pid, deadline, data) in list(running.items()):
-            part = os.read(reader, room) if reader in ready else b""
-            running[reader] = index, pid, deadline, data + part
-            if time.monotonic() > deadline or reader in ready and (not part or len(data + part) > room):
-                for kill in os.killpg, os.kill:             # first what it left behind, where the kernel let it
-                    with suppress(OSError):
-                        kill(pid, signal.SIGKILL)
-                status = os.waitpid(pid, 0)[1]              # not 0: ended by a limit
-                os.close(reader), running.pop(reader)
-                print(json.dumps([index, "" if status else (data + part).decode("latin-1")]), flush=True)
+def two_turns(policy, problems, tokenizer, args, temperature=1.0):
+    """Attempts y1 and y2 at each problem: y1 in its context x1, y2 in x2 = x1 | y1 | p1, which says nothing of whether y1 is
+    right. A problem may bring the "first" attempt, written by another model; it is taken instead of a new one."""
+    written = iter(one_turn(policy, [p for p in problems if "first" not in p], tokenizer, args, temperature))
+    first = [p["first"] if "first" in p else next(written) for p in problems]
+    corrected = [p | {"prompt": p["prompt"] + y1["ids"] + p["again"]} for p, y1 in zip(problems, first)]
+    return first, one_turn(policy, corrected, tokenizer, args, temperature)
 
 
-# the text is taken now: the file may be edited while a run lasts
-PROGRAM_HELPER = "\n".join(map(inspect.getsource, (system_call_filter, program_helper))) + "\nprogram_helper()"
+def turn_rows(policy, problems, first, second):
+    """Episodes as rows [x1 | y1 | p1 | y2 | pad]: tokens (B, T), turn1_mask and turn2_mask (B, T-1), the tokens of y1 and of y2."""
+    parts = [(p["prompt"], y1["ids"], p["again"], y2["ids"]) for p, y1, y2 in zip(problems, first, second)]
+    marked = lambda row, turn: [i == turn for i, part in enumerate(row) for _ in part]
+    turn1, turn2 = [pack([(sum(row, []), marked(row, turn)) for row in parts], policy) for turn in (1, 3)]
+    return turn1["tokens"], turn1["response_mask"], turn2["response_mask"]
 
 
-def run_programs(programs: list[str]) -> list[float | str | None]:
-    """What `solution()` returns in each program: a float for a real number, a str, None for all else and for failures.
-
-    A program is the longest prefix of lines that parses, without top-level statements other than imports, definitions
-    and assignments. It is hostile text. Nothing of it runs in this process, which starts a fresh interpreter (the
-    helper: exec, no fork of ours) that forks a child for each program, a few at a time. Layers, in place before the
-    child looks at the text:
-      filter   the kernel refuses every system call but memory, clock, random numbers, exit, write to fds 0-3 (seccomp)
-      limits   3 s CPU, 5 s wall clock, then SIGKILL; 512 MB of memory; no file, process, thread or core dump
-      user     nobody if we are root; no new privileges, not dumpable; a network namespace of its own if allowed
-      fds      stdin, stdout and stderr are /dev/null, 3 is the pipe of the result, nothing else is open
-      names    imports from a list, no open, no input: for plain errors only; a program can get around this layer
-
-    endless loop, huge power, huge int to str, catastrophic regex    CPU limit
-    sleep, lock that never opens, SIGSTOP of itself                  filter, wall clock
-    memory bomb, deep recursion, crash of the interpreter            memory limit; only the child dies
-    fork bomb, exec, thread, daemon left behind                      filter, process limit, SIGKILL of the process group
-    files read, written, listed; full disk; the terminal             filter, file limits, user, own session
-    sockets                                                          filter, network namespace
-    signals, ptrace, /proc/PID/mem, process_vm_readv                 filter, user, not dumpable
-    the trainer's environment, memory and CUDA context               never in the helper, whose environment is empty
-    raised limits, ignored signals, closed descriptors               filter, hard limits; SIGKILL cannot be ignored
-    ctypes, gc, __subclasses__, patched builtins or json             touch the child alone, under filter and limits
-    any exception or exit, atexit, __del__, hostile value or class   made JSON in the child, which ends by _exit
-    forged, endless or malformed result                              32 kB of strict JSON at most, float or str, else
-                                                                     None: no more than it could have returned
-    Without the filter (macOS, processors other than x86-64 and ARM64, kernels without seccomp) a warning says so: there
-    a program that gets around `names` reads what the user can read, creates empty files, opens sockets (on Linux in its
-    own network) and signals the user's processes; macOS has no memory limit either. Run there what you would run bare.
-    """
-    values, workers = {}, min(os.cpu_count() or 1, 8)
-    # not -I, which ignores the hash seed: the order of a set is the same in each run
-    command = [sys.executable, "-s", "-P", "-W", "ignore", "-c", PROGRAM_HELPER]
-    env = {"PYTHONHASHSEED": "0"} | {k: v for k, v in os.environ.items() if k.endswith("LD_LIBRARY_PATH")}
-    for _ in range(2):                                      # again for what a helper that was killed left undone
-        todo = [i for i in range(len(programs)) if i not in values]
-        request = dict(programs=[programs[i] for i in todo], workers=workers,
-                       cpu=CPU_SECONDS, wall=WALL_SECONDS, chars=MAX_CHARS)
-        try:
-            lines = todo and subprocess.run(
-                command, input=json.dumps(request).encode(), stdout=subprocess.PIPE, env=env, cwd="/",
-                start_new_session=True, timeout=60 + WALL_SECONDS * (1 + len(todo) / workers)).stdout.splitlines()
-        except subprocess.TimeoutExpired as error:
-            lines = (error.output or b"").splitlines()
-        for line in lines:
-            with suppress(ValueError, TypeError, IndexError, RecursionError):            # unreadable: no value
-                index, result = json.loads(line)
-                if index is None:
-                    warnings.warn(f"no system-call filter on {result}: programs are less confined, see run_programs")
-                    continue
-                values[todo[index]] = None
-                value = json.loads(result)
-                if isinstance(value, str):                  # a lone surrogate would break the caller's print
-                    values[todo[index]] = value[:MAX_CHARS].encode("utf-8", "replace").decode()
-                if isinstance(value, float) and math.isfinite(value):
-                    values[todo[index]] = value
-    if len(values) < len(programs):
-        warnings.warn(f"the helper of run_programs died: {len(programs) - len(values)} programs have no value")
-    return [values.get(i) for i in range(len(programs))]
+def stage_of(iteration, args):
+    """1 or 2: a function of the iteration alone, so a resumed run is where it was."""
+    staged = args.method in ("score", "no-shaping", "star-stage2")
+    return 1 if staged and iteration <= round(args.stage1 * args.iterations) else 2
 
 
-# ---- code: MBPP and HumanEval ------------------------------------------------------------------------------------------------
+def turn_returns(outcomes1, outcomes2, kl1, kl2, stage, args):
+    """G1 and G2 (B,), what the tokens of y1 and of y2 are credited with; kl1, kl2: penalties of --kl-mode reward, else 0."""
+    R1, R2 = torch.zeros_like(outcomes1), outcomes2                                                                  # S3
+    if stage == 2:
+        R1 = outcomes1                                                                                               # S4
+        if args.method in ("score", "no-stage1"):
+            R2 = R2 + args.alpha * (outcomes2 - outcomes1)                                                           # S5
+    R1, R2 = R1 - kl1, R2 - kl2
+    return R1 + args.gamma * R2 if stage == 2 else R1, R2                                                            # S6
 
+
+def leave_one_out(returns, counted, group_size):
+    """A (B,): each return minus the mean of the others of its question, among the counted rows; 0 where there is no other."""
+    returns, counted = returns.view(-1, group_size), counted.view(-1, group_size)                            # (Q, K)
+    n = counted.sum(1, keepdim=True)
+    others = (torch.where(counted, returns, 0).sum(1, keepdim=True) - returns) / (n - 1).clamp(min=1)
+    return torch.where(counted & (n > 1), returns - others, 0).flatten()                                             # S7
+
+
+def turn_advantages(G1, G2, on1, stage, args):
+    """A1 and A2 (B,) of the two turns; on1 (B,): rows whose first attempt is the policy's own."""
+    A1, A2 = leave_one_out(G1, on1, args.group_size), leave_one_out(G2, torch.ones_like(on1), args.group_size)
+    if args.norm_std != "none":
+        A1, A2 = over_std(A1, A2, on1, args)
+    return A1, args.turn2_weight * A2 if stage == 2 else A2
+
+
+def edit_ratio(first, second):
+    """Edit distance over the lengths' sum: 0 if equal, 1 if one is empty."""
+    from rapidfuzz.distance import Levenshtein
+    return Levenshtein.distance(first, second) / max(len(first) + len(second), 1)                                    # S10
+
+
+@torch.no_grad()
+def rollout(policy, ref, problems, stage, tokenizer, args):
+    """args.group_size episodes per problem, checked and scored: a dict of (B, T-1) tensors for the update, and a dict to log."""
+    problems = [p for p in problems for _ in range(args.group_size)]
+    if stage == 2 and args.offline_fraction:
+        problems = offline_first(ref, problems, tokenizer, args)
+    first, second = two_turns(policy, problems, tokenizer, args)
+    tokens, turn1_mask, turn2_mask = turn_rows(policy, problems, first, second)
+    column = functools.partial(torch.tensor, device=tokens.device)                       # (B,)
+    outcomes1, outcomes2 = [column([y["outcome"] for y in turn]) for turn in (first, second)]
+    own = column(["first" not in p for p in problems])
+    turn1_mask = turn1_mask & own[:, None]                           # what another model wrote is context
+    trained = turn1_mask if args.method == "single-turn" else turn1_mask | turn2_mask
+    c1, c2 = args.beta2 if stage == 1 else args.beta1, args.beta1
+    kl_weight = torch.where(trained, c1 * turn1_mask + c2 * turn2_mask, 0)
+    data = {"tokens": tokens, "response_mask": trained, "turn1_mask": turn1_mask, "kl_weight": kl_weight}
+    kl_k1 = torch.zeros_like(kl_weight)
+    if args.kl_mode == "reward":                                     # in the returns, and not in the loss
+        stats, data["kl_weight"] = token_stats(policy, ref, data, args), torch.zeros_like(kl_weight)
+        kl_k1 = stats["old_logprobs"] - stats["ref_logprobs"]        # one-sample estimate of the KL
+    kl1, kl2 = [c * torch.where(mask, kl_k1, 0).sum(1) for c, mask in ((c1, turn1_mask), (c2, turn2_mask))]
+    A1, A2 = turn_advantages(*turn_returns(outcomes1, outcomes2, kl1, kl2, stage, args), own, stage, args)
+    data["advantages"] = torch.where(trained, A1[:, None] * turn1_mask + A2[:, None] * turn2_mask, 0)
+    found = turn_measures(first, second)
+    return data, {"stage": stage} | means(found) | {
+        "no_signal": float(not data["advantages"].any()), "tokens": sum(found["response_length"]),
+        "sample": f"{first[0]['text']}\n---\n{second[0]['text']}"}
+
+
+def loss_fn(policy, ref, micro, minibatch):
+    """A micro-batch's share of the minibatch's loss: REINFORCE, and the exact KL with its turn's weight. Both are sums over the
+    tokens of an episode and means over the episodes of the minibatch; so are the other KLs, which are for the log alone."""
+    mask, turn1_mask, rows = micro["response_mask"], micro["turn1_mask"], len(minibatch["tokens"])
+    hidden, targets = sampled(policy, micro)
+    with torch.no_grad():
+        ref_hidden, _ = sampled(ref, micro)
+    stats = linear_stats(hidden, policy.head_weight, targets, ref_hidden, ref.head_weight)
+    logprobs, entropy, kl, ref_logprobs = [place(x, mask) for x in stats]
+    policy_loss = -(micro["advantages"] * logprobs).sum() / rows                                                     # S2
+    kl_loss = (micro["kl_weight"] * kl).sum() / rows                                                                 # S8
+    return policy_loss + kl_loss, {
+        "policy_loss": policy_loss, "kl_loss": kl_loss, "kl": kl.sum() / rows, "kl_k1": (logprobs - ref_logprobs).sum() / rows,
+        "kl_1": torch.where(turn1_mask, kl, 0).sum() / rows, "kl_2": torch.where(turn1_mask, 0, kl).sum() / rows,
+        "entropy": entropy.sum() / minibatch["response_mask"].sum()}
+
+
+# ==== the loop ================================================================================================================
+
+def main(args):
+    policy, tokenizer, train, dev, test = prepare(args)
+    print_ids("second turn's prompt", train[0]["again"], tokenizer)
+    state = open_run(args)                                           # of a new run, or with --resume of the one in args.out
+
+    policy = warm_up(policy, warmup_rows(train, tokenizer, args), tokenizer, state, args)
+    if "before" not in state:
+        tell("before", report(policy, test, tokenizer, args), state, args)
+
+    # the warm-up model is the base: the initial policy and, in both stages, the frozen reference
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    loss_of = functools.partial(loss_fn, policy, ref)
+    modules, optimizer = {"policy": policy}, adamw([policy], args.lr)
+    by = "t1" if args.method == "single-turn" else "outcome"         # outcome: t1 + t2
+    if "best" not in state:
+        keep_best(policy, dev, tokenizer, 0, state, args, by=by)
+
+    for iteration in resumable(args.iterations, args.save_every, modules, optimizer, state, args):
+        began, stage = time.time(), stage_of(iteration, args)
+        with located(f"iteration {iteration}", args):
+            if stage == 2 and args.method.startswith(("star", "pair")):
+                log = trace_update(policy, ref, train, optimizer, iteration, state, tokenizer, args)
+            else:
+                batch = draw(train, args.batch_size, iteration, args.seed)
+                data, log = rollout(policy, ref, batch, stage, tokenizer, args)
+                log |= optimiser_step(loss_of, data, optimizer, args)
+        if iteration == 1 and "sample" in log:
+            print_ids("first sample", response_ids(data)[0], tokenizer)
+        if iteration % args.eval_every == 0 or iteration == args.iterations:
+            log |= keep_best(policy, dev, tokenizer, iteration, state, args, by=by)
+        finish_iteration(log, iteration, began, state, args)
+
+    # the checkpoint that was best on the dev split, tested once, and the last one
+    if "after" not in state:
+        best = load_checkpoint(Path(args.out) / "model")[0].to(args.device)
+        tell("after", final_report(best, policy, ref, test, tokenizer, args), state, args)
+        save_run(modules, optimizer, state, args)
+    plot_turns(state, args)
+    summarise(len(test), state, args)
+
+
+def sft_row(problem):
+    """A demonstration as a row: the prompt is context, the response and its end token are trained."""
+    prompt, response = problem["prompt"], problem["response"]
+    return prompt + response, [False] * len(prompt) + [True] * len(response)
+
+
+def sft_loss(policy, micro, minibatch):
+    """-log pi of the demonstrations' tokens, as a mean over all target tokens of the minibatch."""
+    hidden, targets = sampled(policy, micro)
+    logprobs, _ = linear_logprobs(hidden, policy.head_weight, targets)
+    loss = -logprobs.sum() / minibatch["response_mask"].sum()                                                        # Eq. 1
+    return loss, {"loss": loss}
+
+
+def sft_step(policy, rows, optimizer, step, total, seed, args):
+    """The step-th of `total` supervised steps, with a linear learning rate of which the first tenth rises."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.warmup_lr * min(step / (0.1 * total), (total - step + 1) / (0.9 * total), 1.0)
+    batch = pack(draw(rows, args.warmup_batch_size, step, seed), policy)
+    return optimiser_step(functools.partial(sft_loss, policy), batch, optimizer, args)
+
+
+def warm_up(policy, rows, tokenizer, state, args):
+    """The policy after supervised training on rows; of a resumed run that was past it, from its folder."""
+    folder, total = Path(args.out) / "warmup", math.ceil(args.warmup_epochs * len(rows) / args.warmup_batch_size)
+    if "warmup_steps" not in state:
+        optimizer = adamw([policy], args.warmup_lr)
+        steps = resumable(total, 0, {"policy": policy}, optimizer, state, args)
+        for step in tqdm(steps, "warm-up", initial=state["step"], total=total, disable=None, leave=False):
+            with located(f"warm-up step {step}", args):
+                loss = sft_step(policy, rows, optimizer, step, total, args.seed, args)["loss"]
+            state["loss"] = loss if step == 1 else 0.99 * state["loss"] + 0.01 * loss
+        save_checkpoint(folder, policy, tokenizer)
+        state |= {"warmup_steps": total, "step": 0}
+    return load_checkpoint(folder)[0].to(args.device)
+
+
+# ==== baselines ===============================================================================================================
+
+def sft_update(policy, rows, optimizer, iteration, steps, args):
+    """An iteration of supervised training: `steps` optimiser steps on a schedule, as the warm-up's, over all iterations."""
+    done = [sft_step(policy, rows, optimizer, (iteration - 1) * steps + i, steps * args.iterations, f"{args.seed} sft", args)
+            for i in range(1, steps + 1)]
+    return {k: sum(step[k] for step in done) / steps for k in done[0]}
+
+
+def draw_traces(policy, batches, tokenizer, args):
+    """Two-turn traces at temperature 1, [(problem, y1, y2)], and a dict to log."""
+    traces = []
+    for batch in tqdm(batches, "traces", disable=None, leave=False):
+        problems = [p for p in batch for _ in range(args.group_size)]
+        traces += zip(problems, *two_turns(policy, problems, tokenizer, args))
+    found = turn_measures(*list(zip(*traces))[1:])
+    return traces, means(found) | {"tokens": sum(found["response_length"])}
+
+
+def trace_rows(traces, rng, args):
+    """Rows x1 y1 p1 y2 with y2 trained. STaR keeps the traces from wrong to right; pair-SFT gives a wrong y1 any right response,
+    of either turn, to the same question; with plus, right first attempts take part in the same way."""
+    right, rows = {}, []
+    for problem, *attempts in traces:
+        right.setdefault(problem["question"], []).extend(y for y in attempts if y["outcome"] == 1)
+    for problem, y1, y2 in traces:
+        if "pair" in args.method and right[problem["question"]]:
+            y2 = rng.choice(right[problem["question"]])
+        if y2["outcome"] == 1 and (y1["outcome"] == 0 or "plus" in args.method):
+            rows.append(sft_row({"prompt": problem["prompt"] + y1["ids"] + problem["again"], "response": y2["ids"]}))
+    return rows
+
+
+def trace_update(policy, ref, train, optimizer, iteration, state, tokenizer, args):
+    """An iteration of supervised training on traces. The iterations are split into rounds. The first of a round draws as many
+    traces from the newest model as reinforcement learning would in all of it, and goes back to the base; in star-stage2 it goes
+    on from where it is. The passes over them are spread over the round; of a few traces they end sooner. state["rows"] keeps the
+    round's rows for a resumed run."""
+    before = sum(stage_of(i, args) == 1 for i in range(1, iteration))
+    rounds, length = 1 if "pair" in args.method else args.rounds, args.iterations - before
+    starts = [before + 1 + length * i // rounds for i in range(rounds)] + [args.iterations + 1]
+    start, end = max((a, b) for a, b in zip(starts, starts[1:]) if a <= iteration < b)
+    log = {"tokens": 0}
+    if iteration == start:
+        batches = [draw(train, args.batch_size, i, args.seed) for i in range(start, end)]
+        traces, log = draw_traces(policy, batches, tokenizer, args)
+        state["rows"] = trace_rows(traces, random.Random(f"{args.seed} {iteration}"), args)
+        if args.method != "star-stage2":
+            policy.load_state_dict(ref.state_dict())
+        optimizer.state.clear()
+    log |= {"stage": stage_of(iteration, args), "kept": len(state["rows"])}
+    total = math.ceil(args.sft_epochs * len(state["rows"]) / args.warmup_batch_size)
+    steps = max(1, math.ceil(total / (end - start)))
+    used = math.ceil(total / steps)                                  # iterations that train
+    if iteration - start >= used:
+        return log
+    schedule = replace(args, iterations=used, warmup_lr=args.lr)     # the learning rate is that of all methods
+    return log | sft_update(policy, state["rows"], optimizer, iteration - start + 1, steps, schedule)
+
+
+def offline_first(ref, problems, tokenizer, args):
+    """The problems of a rollout, a share args.offline_fraction of them with a first attempt by the base."""
+    offline = (torch.rand(len(problems)) < args.offline_fraction).tolist()
+    written = iter(one_turn(ref, [p for p, chosen in zip(problems, offline) if chosen], tokenizer, args))
+    return [p | {"first": next(written)} if chosen else p for p, chosen in zip(problems, offline)]
+
+
+def over_std(A1, A2, on1, args):
+    """A1 and A2 (B,) over the standard deviation of their question's returns, in that turn or in both. Undoes the bonus, which is
+    a matter of scale."""
+    A = torch.stack([A1, A2]).view(2, -1, args.group_size)                                                   # (2, Q, K)
+    n = torch.stack([on1, torch.ones_like(on1)]).view(A.shape).sum(2)                                        # (2, Q) rows
+    centred = A * ((n - 1) / n.clamp(min=1))[..., None]                                                      # G - mean
+    squares = centred.square().sum(2)
+    if args.norm_std == "joint":
+        n, squares = n.sum(0), squares.sum(0)
+    std = (squares / (n - 1).clamp(min=1)).sqrt().expand(2, -1)[..., None] + 1e-6
+    return (A / std).flatten(1)
+
+
+# ==== what an episode is measured by ==========================================================================================
+
+def turn_measures(first, second):
+    """{name: a number for each episode} of what training and evaluation both log; in the means every rate is one of all problems,
+    so that delta = t2 - t1 = (i->c) - (c->i). edit_histogram: which tenth of the edit ratios."""
+    def measure(y1, y2):
+        r1, r2, ratio = y1["outcome"], y2["outcome"], edit_ratio(y1["text"], y2["text"])
+        cut1, cut2, length1, length2 = not y1["ended"], not y2["ended"], len(y1["ids"]), len(y2["ids"])
+        return {"accuracy": r2, "outcome": r1 + r2, "t1": r1, "t2": r2, "delta": r2 - r1, "i->c": r1 < r2, "c->i": r1 > r2,
+                "changed": y1["answer"] != y2["answer"], "edit_ratio": ratio,
+                "edit_histogram": [tenth == min(int(10 * ratio), 9) for tenth in range(10)],
+                "unparsed": ((y1["answer"] is None) + (y2["answer"] is None)) / 2,
+                "truncated": (cut1 + cut2) / 2, "truncated_1": cut1, "truncated_2": cut2,
+                "response_length": length1 + length2, "length_1": length1, "length_2": length2}
+
+    measured = [measure(y1, y2) for y1, y2 in zip(first, second)]
+    return {name: [numbers[name] for numbers in measured] for name in measured[0]}
+
+
+def attempt(policy, problems, tokenizer, args, temperature):
+    """What the two attempts at each problem give, {name: a number for each problem}, and the texts of the first."""
+    first, second = two_turns(policy, problems, tokenizer, args, temperature)
+    return turn_measures(first, second), f"{first[0]['text']}\n---\n{second[0]['text']}"
+
+
+def report(policy, problems, tokenizer, args):
+    """What evaluate() finds, and two conditional rates, for reading only: of which problems they are depends on t1."""
+    found = evaluate(policy, problems, tokenizer, args)
+    share = lambda part, whole: part / whole if whole else 0.0
+    return found | {"right_if_wrong": share(found["i->c"], 1 - found["t1"]), "wrong_if_right": share(found["c->i"], found["t1"])}
+
+
+def final_report(best, last, ref, problems, tokenizer, args):
+    """report() of the best checkpoint, with the rates of the last one, those after given first attempts, and votes if asked for."""
+    found, at_end = report(best, problems, tokenizer, args), evaluate(last, problems, tokenizer, args)
+    found |= {f"last_{name}": at_end[name] for name in ("t1", "t2", "delta", "i->c", "c->i")}
+    found |= fixed_and_own(best, ref, problems, tokenizer, args)
+    return found | (vote_curves(best, problems, tokenizer, args) if args.vote_k else {})
+
+
+def fixed_and_own(policy, ref, problems, tokenizer, args):
+    """Greedy second attempts after first ones sampled from the base, the same ones for all methods, and from the policy."""
+    problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
+    for name, author in (("fixed", ref), ("own", policy)):
+        torch.manual_seed(args.seed)
+        batches = [problems[i:i + args.minibatch_size] for i in range(0, len(problems), args.minibatch_size)]
+        first = [y1 for batch in batches for y1 in one_turn(author, batch, tokenizer, args)]
+        rates = evaluate(policy, [p | {"first": y1} for p, y1 in zip(problems, first)], tokenizer, args)
+        found |= {f"{name}_{key}": rates[key] for key in ("t1", "t2", "i->c", "c->i")}
+    return found
+
+
+def vote(answers):
+    """The answer given most often, floats equal within 1e-2, of equally many the first seen; None is not counted."""
+    same = lambda a, b: a == b or isinstance(a, float) and abs(a - b) <= 1e-2
+    counts = {}                                                      # {the first of its kind: how many}
+    for answer in answers:
+        if answer is not None:
+            kind = next((kind for kind in counts if same(kind, answer)), answer)
+            counts[kind] = counts.get(kind, 0) + 1
+    return max(counts, key=counts.get, default=None)
+
+
+def vote_curves(policy, problems, tokenizer, args):
+    """Accuracy of a vote among 2k first attempts, and among k corrections of k first attempts, as many samples; k = 1, 2, 4 ...
+    to args.vote_k, temperature 0.7."""
+    torch.manual_seed(args.seed)
+    K, chosen = args.vote_k, {}                                      # {name: the winner for each problem}
+    for i in tqdm(range(0, len(problems), args.batch_size), "votes", disable=None, leave=False):
+        batch = problems[i:i + args.batch_size]
+        first = one_turn(policy, [p for p in batch for _ in range(2 * K)], tokenizer, args, 0.7)
+        kept = [p | {"first": first[2 * K * j + k]} for j, p in enumerate(batch) for k in range(K)]
+        _, second = two_turns(policy, kept, tokenizer, args, 0.7)
+        for j in range(len(batch)):
+            parallel = [y["answer"] for y in first[2 * K * j:2 * K * (j + 1)]]
+            corrected = [y["answer"] for y in second[K * j:K * (j + 1)]]
+            for k in (2 ** i for i in range(K.bit_length())):
+                chosen.setdefault(f"vote_{2 * k}_parallel", []).append(vote(parallel[:2 * k]))
+                chosen.setdefault(f"vote_{2 * k}_corrected", []).append(vote(corrected[:k]))
+    return {name: float(reward(answers, problems, args).mean()) for name, answers in chosen.items()}
+
+
+def plot_turns(state, args):
+    """turns.png: both attempts over training with the end of stage I, edit ratios before and after, and the votes."""
+    log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
+    votes = sorted({int(name.split("_")[1]) for name in state["after"] if name.startswith("vote_")})
+    picture, panels = figure(5 * (2 + bool(votes)), 3.6), 2 + bool(votes)
+    axes = picture.add_subplot(1, panels, 1, title=f"{args.method}: right answers", xlabel="iteration", ylim=(0, 1))
+    for name, style in (("t1", "C0-"), ("t2", "C1-"), ("dev_t1", "C0.--"), ("dev_t2", "C1.--")):
+        shown = [record for record in log if name in record]
+        axes.plot([record["iteration"] for record in shown], [record[name] for record in shown], style, label=name)
+    boundary = sum(stage_of(i, args) == 1 for i in range(1, args.iterations + 1)) + 0.5
+    axes.axvline(boundary, color="gray", linestyle=":", label="stage II")
+    axes.legend()
+    axes = picture.add_subplot(1, panels, 2, title="test problems", xlabel="edit ratio of the two attempts")
+    for i, name in enumerate(("before", "after")):
+        axes.bar([0.1 * tenth + 0.03 + 0.04 * i for tenth in range(10)], state[name]["edit_histogram"], 0.04, label=name)
+    axes.legend()
+    if votes:
+        axes = picture.add_subplot(1, panels, 3, title="test problems, majority vote", xlabel="samples")
+        for kind in "parallel", "corrected":
+            axes.plot(votes, [state["after"][f"vote_{n}_{kind}"] for n in votes], ".-", label=kind)
+        axes.set_xscale("log", base=2)
+        axes.legend()
+    picture.savefig(Path(args.out) / "turns.png", dpi=100)
+
+
+# ==== the task: problems, prompts, answers ====================================================================================
+
+FORM = ('At the end of the Solution, when you give your final answer, write it on a line of its own in the form '
+        '"Therefore, the answer is: answer".')
+ERROR = ("\nThere might be an error in the {} above because of lack of understanding of the question. Please correct the error, "
+         "if any, and rewrite the solution. ")
+REFINE = "\nReview your {} above: say to yourself what is wrong with it, and write an improved one. Only output the final {}! "
+TURNS = {                                # before x1; p1; p1 of self-refine, whose text the paper does not give
+    "built-in": ("", "\nAnswer reasoning:\n", "Question:\n\nAnswer reasoning:\n"),       # in its small vocabulary
+    "math": ("You are a math expert. When you respond, respond only with the Solution of the final Problem, thinking step by "
+             "step. " + FORM + "\n",
+             ERROR.format("solution") + "Only output the final solution! " + FORM + "\nAnswer reasoning:\n",
+             REFINE.format("solution", "solution") + FORM + "\nAnswer reasoning:\n"),
+    "program": ("", ERROR.format("code") + "Only output the final correct Python program!\nAnswer reasoning:\n",
+                REFINE.format("code", "Python program") + "\nAnswer reasoning:\n"),
+    "code": ("", ERROR.format("code") + "Only output the final correct Python program!\nPython program:\n",
+             REFINE.format("code", "Python program") + "\nPython program:\n"),
+}
 CODE_PROMPT = "Question:\n{question}\nPython program:\n"
 
 
-def builtin_code(n, seed):
-    """n small problems in MBPP's form, for tests."""
-    kinds = [("plus", "adds {} to a number", "x + {}"), ("times", "multiplies a number by {}", "x * {}"),
-             ("above", "tells whether a number is above {}", "x > {}")]
-    rng, records = random.Random(seed), []
-    for _ in range(n):
-        name, text, body = rng.choice(kinds)
-        number, inputs = rng.randint(2, 99), rng.sample(range(-100, 100), 3)
-        code = f"def {name}_{number}(x):\n    return {body.format(number)}"
-        tests = [f"assert {name}_{number}({x}) == {eval(body.format(number), {'x': x})}" for x in inputs]
-        records.append({"text": f"Write a function that {text.format(number)}.", "code": code, "test_list": tests})
-    return records
+def turns(args):
+    """The texts of TURNS that fit the data."""
+    return TURNS["code" if args.task == "code" else "program" if args.cot == "program" else
+                 "math" if args.train_data else "built-in"]
 
+
+def warmup_rows(problems, tokenizer, args):
+    """Rows of the warm-up. Three in four of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained. They
+    teach what a second attempt looks like and not to correct: y2 is drawn like y1, independently of it and of whether it is
+    right. A file has one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
+    if args.train_data:
+        return [sft_row(problem) for problem in problems]
+    rng, rows = random.Random(4), []
+    _, again, refine = [tokenizer.encode(text) for text in turns(args)]
+    for i, problem in enumerate(problems):
+        drawn = [demonstration(*problem["chain"], rng, args.slips) for _ in range(2)]
+        first, second = [tokenizer.encode(f"{cot}{ANSWER}{answer}") + [tokenizer.eos_id] for cot, answer in drawn]
+        row, flags = sft_row(problem | {"response": first})
+        if i % 4:
+            between = refine if i % 4 == 1 else again
+            row, flags = row + between + second, flags + [False] * len(between) + [True] * len(second)
+        rows.append((row, flags))
+    return rows
+
+
+def demonstration(start, chain, rng, slips):
+    """A solution and the number it arrives at. Annotators have two styles: a careful one does one operation a line; a hasty one,
+    more common on long chains, does four at once, which is hard to do in one's head. In a share `slips` of the cases they get the
+    result of one line wrong by one and carry on from there (between 0 and 19, all that the vocabulary has)."""
+    stride = 1 if rng.random() < (0.7 if len(chain) <= 3 else 0.3) else 4
+    parts = [chain[i:i + stride] for i in range(0, len(chain), stride)]
+    slip = rng.randrange(len(parts)) if slips and rng.random() < slips else None
+    lines, total = [], start
+    for i, part in enumerate(parts):
+        before, total = total, total + sum(part) + (rng.choice((-1, 1)) if i == slip else 0)
+        total = min(max(total, 0), 19)
+        lines.append(f"{before}{signed(part)} = {total}")
+    return "\n".join(lines), total
+
+
+def signed(steps):
+    """[3, -4] as " + 3 - 4"."""
+    return "".join(f" {'+' if step > 0 else '-'} {abs(step)}" for step in steps)
+
+
+def builtin_problem(rng, operations, args):
+    """A chain of additions and subtractions that stays between 0 and 19, with a right demonstration."""
+    start, chain = rng.randrange(20), []
+    for _ in range(operations):
+        number, total = rng.randint(1, 9), start + sum(chain)
+        chain.append(rng.choice([step for step in (number, -number) if 0 <= total + step < 20]))
+    cot, total = demonstration(start, chain, rng, 0)
+    return {"question": f"What is {start}{signed(chain)}?", "chain": (start, chain), "cot": cot, "answer": f"{total}",
+            "gold": float(total)}
+
+
+def builtin_tokenizer(args):
+    """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
+    return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
+                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
+                                    *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
+
+
+def parse_record(raw, args):
+    """A record of a data file as {"question", "cot", "answer": text, "gold": float}; with --task code as parse_code() has it."""
+    if args.task == "code":
+        return parse_code(raw, "--task code")
+    if not isinstance(raw, dict) or not isinstance(raw.get("question"), str):
+        raise InputError("a record needs a text `question`")
+    if "answer_value" in raw:           # ReFT; its closing sentence gives way to ours, a program's first lines to the prompt's
+        cot, answer = str(raw.get("answer_cot") or "").strip(), str(raw["answer_value"]).strip()
+        ours = HEADER if args.cot == "program" else r"\s*Therefore, the answer is <[^<>]*>\.?\s*$"
+        cot = re.sub(ours, "", cot, flags=re.S)
+    elif "####" in str(raw.get("answer")) and args.cot == "text":    # GSM8K
+        cot, _, answer = raw["answer"].rpartition("####")
+        cot, answer = cot.strip(), re.sub(r",(?=\d{3}\b)", "", answer.strip())
+    else:
+        raise InputError("neither GSM8K's form (question, answer with a line '#### y') nor ReFT's (question, answer_cot, "
+                         "answer_value); --cot program needs ReFT's, with a program in answer_cot")
+    cot = re.sub(r"<<[^<>]*>>", "", cot) if args.strip_annotations else cot
+    if args.cot == "text" and re.search("answer is <(?!<)", cot):    # it only points to an earlier question ("already answered
+        cot = ""                                                     # ... the answer is <4>"): demonstrates nothing
+    gold = read_number(answer)
+    if gold is None:
+        raise InputError(f"the answer {answer!r} is not a number")
+    return {"question": raw["question"].strip(), "cot": cot, "answer": answer, "gold": gold}
+
+
+def encode_problem(problem, tokenizer, args):
+    """Adds the ids of "prompt", x1; of "again", p1; of "response", the demonstration with its end token; "header": a program's
+    first lines, with which both prompts end; "room": how many tokens an episode may add to the prompt."""
+    before, again, refine = turns(args)
+    again = refine if args.method == "self-refine" else again
+    program = args.cot == "program"
+    header = PROGRAM.format(question=problem["question"]) if program else ""
+    prompt = (CODE_PROMPT if args.task == "code" else PROMPT).format(question=problem["question"])
+    response = problem["cot"] if program or args.task == "code" else f"{problem['cot']}{ANSWER}{problem['answer']}"
+    again = tokenizer.encode(again + header)
+    return problem | {"prompt": tokenizer.encode(before + prompt + header), "again": again, "header": header,
+                      "response": tokenizer.encode(response) + [tokenizer.eos_id], "room": len(again) + 2 * args.max_new_tokens}
+
+
+def read_answers(texts, problems, args):
+    """The answer of each response: a number, None if there is none; with --task code a program's text. A response in words
+    announces it after the last TRIGGER; a program of --cot program is run."""
+    if args.task == "code":
+        return [read_program(text) for text in texts]
+    if args.cot == "program":
+        found = run_programs([problem["header"] + text for problem, text in zip(problems, texts)])
+    else:
+        found = [text.rpartition(TRIGGER)[2].strip() if TRIGGER in text else None for text in texts]
+        found = [text if args.strict else text and text.split("\n")[0] for text in found]   # strict: all that follows
+    read = read_float if args.strict else read_number
+    return [read(answer) if isinstance(answer, str) else answer for answer in found]
+
+
+def read_float(text):
+    """What float() makes of all of text, as in the authors' code: nan and inf are numbers, "18 apples" is None."""
+    with suppress(ValueError):
+        return float(text)
+
+
+# ==== programs ================================================================================================================
+
+HEADER = r'^def solution\(\):\s*""".*?"""\n'                         # of a program in a data file, which gives way to PROGRAM
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from pydantic_monty import Monty, MontyError, MontySyntaxError
+def run_programs(programs: list[str]) -> list[float | str | None]:
+    """What `solution()` returns in each program: a float for a real number, a str, None for all else and for failures.
+
+    Programs are hostile text. They run in Monty, an interpreter of a subset of Python written in Rust, in worker processes: no
+    files, network, processes or C extensions; 3 s and 256 MB each. Nothing of them is even parsed in this process.
+    """
+    def run(program):
+        with suppress(MontyError, OverflowError, IndexError), pool.checkout(limits=LIMITS, os_policy=POLICY) as session:
+            return run_program(program, session)
+
+    with Monty() as pool, ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(run, programs))
+
+
+LIMITS = {"max_feed_duration_secs": 3, "max_memory": 256 << 20, "max_total_sleep_secs": 0}
+POLICY = {"random_start": {"seed": 0}}                               # the same value in each run
+
+
+def run_program(program, session):
+    """The value of one program: its longest prefix of lines that parses. What fails after solution was defined is prose."""
+    lines, feed = ["import math", *program.split("\n")], functools.partial(session.feed_run, print_callback=lambda *_: None)
+    while True:
+        try:
+            feed("\n".join(lines))
+            break
+        except MontySyntaxError as error:
+            del lines[min(len(lines), error.traceback()[-1].line) - 1:]
+        except MontyError:
+            break
+    value = feed("solution()")
+    if isinstance(value, str):
+        return value[:1000]
+    return float(value) if type(value) in (int, float, Decimal) and math.isfinite(value) else None
+
+
+# ==== programs that pass tests: MBPP and HumanEval ============================================================================
 
 def parse_code(raw, where):
-    """A record of MBPP or HumanEval as {"question", "cot": a right program, "setup": code before it, "tests": code after it}."""
+    """A record of MBPP or HumanEval as {"question", "cot": a right program, "setup": code before it, "tests": code after it}, of
+    MBPP with the "split" of its authors; an InputError names `where` it stands."""
     texts = lambda *names: isinstance(raw, dict) and all(isinstance(raw.get(name), str) for name in names)
     if texts("text", "code") and isinstance(raw.get("test_list"), list) and raw["test_list"]:
         tests = "\n".join(map(str, raw["test_list"]))
         question = f"{raw['text'].strip()}\nYour code should pass these tests:\n{tests}"
-        tests = f"{raw.get('test_setup_code') or ''}\n{tests}"                            # which may use what the program defines
+        tests = f"{raw.get('test_setup_code') or ''}\n{tests}"                           # which may use what the program defines
         setup, program = "", raw["code"]
     elif texts("prompt", "canonical_solution", "test", "entry_point") and f"def {raw['entry_point']}(" in raw["prompt"]:
         setup = raw["prompt"][:raw["prompt"].rindex(f"def {raw['entry_point']}(")]       # imports, and functions it builds on
@@ -536,35 +733,11 @@ def parse_code(raw, where):
     else:
         raise InputError(f"{where}: neither MBPP's form (text, code, test_list) nor HumanEval's "
                          "(prompt, canonical_solution, test, entry_point)")
-    record = {"question": question, "cot": program.strip(), "setup": setup, "tests": tests}
-    return {k: v.replace("\r\n", "\n") for k, v in record.items()} | {"task_id": raw.get("task_id")}
-
-
-def load_code(args):
-    """Train, dev and test records: by the authors' split of MBPP (training 601 to 974, validation 511 to 600) if the training
-    file has both, else a tenth of it is dev; of an MBPP file for evaluation 11 to 510; the built-in set without a file."""
-    if not args.train_data:
-        records = [parse_code(raw, "built-in") for raw in builtin_code(300, 0)]
-        return records[:200], records[200:250][:args.eval_size], records[250:][:args.eval_size]
-    records = [parse_code(raw, where) for where, raw in read_records(args.train_data)]
-    number = lambda record: record["task_id"] if type(record["task_id"]) is int else 0
-    train, dev = [r for r in records if 601 <= number(r) <= 974], [r for r in records if 511 <= number(r) <= 600]
-    if not train or not dev:
-        train, dev = records[len(records) // 10:], records[:len(records) // 10]
-    if not train or not dev:
-        raise InputError(f"{args.train_data}: too few records for a training and a dev split")
-    test = [parse_code(raw, where) for where, raw in read_records(args.eval_data)]
-    test = [r for r in test if 11 <= number(r) <= 510] or test                               # of MBPP its own test split
-    return train, dev[:args.eval_size], test[:args.eval_size]
-
-
-def prepare_code(args):
-    """As prepare(), for programs."""
-    splits = load_code(args)
-    policy, tokenizer = initial_policy(args)
-    encode = lambda record: record | {"prompt": tokenizer.encode(CODE_PROMPT.format(question=record["question"])), "given": [],
-                                      "response": tokenizer.encode(record["cot"]) + [tokenizer.eos_id]}
-    return policy, tokenizer, *[[encode(record) for record in split] for split in splits]
+    problem = {"question": question, "cot": program.strip(), "setup": setup, "tests": tests}
+    problem = {name: text.replace("\r\n", "\n") for name, text in problem.items()}
+    number = raw.get("task_id")
+    split = ("prompt", "test", "dev", "train")[sum(number >= first for first in (11, 511, 601))] if type(number) is int else None
+    return problem | {"split": split}
 
 
 def read_program(text):
@@ -590,12 +763,231 @@ def passes(programs, problems):
     return torch.tensor([float(values.get(text) == key) for text in texts])
 
 
-# ---- rows, micro-batches and one optimiser step ------------------------------------------------------------------------------
+# ==== the same in all four scripts from here on: problems =====================================================================
 
-def pack(rows, pad_id, device):
+def builtin_problems(n, low, high, seed, args, without=()):
+    """n built-in problems of low to high operations, the same for the same seed; none asks a question of `without`. InputError
+    where there are too few."""
+    rng, seen, problems, misses = random.Random(seed), {p["question"] for p in without}, [], 0
+    while len(problems) < n:
+        problem = builtin_problem(rng, rng.randint(low, high), args)
+        if problem["question"] not in seen:
+            problems.append(problem)
+        elif (misses := misses + 1) > 100 * n:
+            raise InputError(f"--operations-low, --operations-high: found {len(problems)} of {n} problems of {low} to {high} "
+                             "operations that no other split asks; allow more operations, or fewer problems by --eval-size")
+    return problems
+
+
+def read_records(path):
+    """[(where, record)] of a data file, JSON lines or one JSON list; an InputError names the line at fault."""
+    where = path
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")                                # with a byte order mark or without
+        if text.lstrip().startswith("["):
+            found = [(f"{path}: record {i}", record) for i, record in enumerate(json.loads(text), 1)]
+        else:
+            found = []
+            for i, line in enumerate(text.split("\n"), 1):           # splitlines() would cut a string at U+2028
+                where = f"{path}:{i}"
+                found += [(where, json.loads(line))] if line.strip() else []
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not found:
+        raise InputError(f"{path}: holds no records")
+    return found
+
+
+def read_problems(path, args):
+    """The problems of a data file; an InputError names the record at fault."""
+    problems = []
+    for where, record in read_records(path):
+        try:
+            problems.append(parse_record(record, args))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    return problems
+
+
+def load_problems(args):
+    """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, one asked twice on one side."""
+    if not args.train_data:
+        low, high = args.operations_low, args.operations_high
+        dev = builtin_problems(args.eval_size, low, high, 1, args)
+        test = builtin_problems(args.eval_size, low, high, 2, args, without=dev)
+        return builtin_problems(args.train_size, 1, high, 3, args, without=dev + test), dev, test
+    records, test = read_problems(args.train_data, args), read_problems(args.eval_data, args)
+    questions = sorted({p["question"] for p in records})
+    random.Random(0).shuffle(questions)
+    held_out = set(questions[:min(500, len(questions) // 10)])
+    named = {"train", "dev"} <= {p.get("split") for p in records}
+    split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
+    dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
+    test = [p for p in test if p.get("split") == "test"] or test
+    if not train or not dev:
+        raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
+    shared = len({p["question"] for p in test} & {p["question"] for p in train + dev})
+    if shared:
+        say(f"warning: {shared} questions of {args.eval_data} are in {args.train_data} as well: accuracy on them is no test")
+    return train, dev[:args.eval_size], test[:args.eval_size]
+
+
+def prepare(args):
+    """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
+    splits = load_problems(args)
+    policy, tokenizer = initial_policy(args)
+    train, dev, test = [encode(split, policy, tokenizer, args) for split in splits]
+    longer = sum(len(problem["response"]) > args.max_new_tokens for problem in train)
+    if longer:
+        say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
+            "responses as long will be cut off")
+    print_ids("first prompt", train[0]["prompt"], tokenizer)
+    print_ids("its demonstration", train[0]["response"], tokenizer)
+    return policy, tokenizer, train, dev, test
+
+
+def encode(problems, policy, tokenizer, args):
+    """The problems with their token ids."""
+    return fits([encode_problem(problem, tokenizer, args) for problem in problems], policy, args)
+
+
+def fits(problems, policy, args):
+    """The problems; an InputError if one does not fit into the model's context."""
+    for problem in problems:
+        length = len(problem["prompt"]) + max(len(problem["response"]), problem.get("room", args.max_new_tokens))
+        if length > policy.config.max_len:
+            raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with its response, "
+                             f"the model's context holds {policy.config.max_len}")
+    return problems
+
+
+def initial_policy(args):
+    """The policy before any training, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
+    torch.manual_seed(args.seed)
+    if args.model:
+        policy, tokenizer = load_checkpoint(args.model)
+    else:
+        tokenizer = builtin_tokenizer(args)
+        policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
+                               max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
+    return policy.to(args.device), tokenizer
+
+
+# ==== numbers =================================================================================================================
+
+SCALES = {"hundred": 1e2, "thousand": 1e3, "k": 1e3, "lakh": 1e5, "million": 1e6, "crore": 1e7, "billion": 1e9, "bn": 1e9,
+          "trillion": 1e12}
+SCALE = rf"(?<![A-Za-z])(?ai:{'|'.join(SCALES)})s?(?<!K)\b"                    # 5k is 5000, but 300K, like 3M, may be in a unit
+DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"([-+] ?)?(?:(\d+) (?:and )?(?=\d\d? ?/ ?\d))?({DECIMAL}(?:[eE][-+]?\d+)?)"     # sign, whole, first,
+                    rf"(?: ?([/^]) ?\(?([-+]?{DECIMAL})\)?)?((?:[ -]?{SCALE}(?!-))*)")                # operator, second, scale
+# a number is not alone behind a name, call, operator or other item, nor in front of another number, an operator or a multiplier
+BEFORE = re.compile(rf"[\w.,)]$|\w\($|[-+*/^×÷—―][ (]*$|\b(?:and|or)[ (]+$|\b(?:half|root) of $|{SCALE} $|[\\√π∞±≠≤≥<>]")
+AFTER = re.compile(rf"[\d\\√π∞±≠≤≥<>^+*×÷]|{SCALE}|\bdozens?\b|\band a half\b|^[KMBT]\b|^[ -]?(?:half|halves|squared|cubed|pi|or|"
+                   r"and (?:an?|one|two|three)|(?:thir|four|fif|six|eigh|ten|hundred|thousand)(?:d|th)s?)\b")
+# one spelling for what has several: each pattern gives way to what stands beside it, in this order and in linear time
+SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in [
+    ("[\u00ad\u200b-\u200f\u2060\ufeff`]|<<[^<>]*>>", ""), ("[‐-–−]", "-"), ("[⁄∕]", "/"), ("[‘’ʼ]", "'"),
+    (r"\\[,;: ]|\\?~|\s+", " "), (r"\\!|\{(?=,\})|(?<=\{,)\}", ""), (r"[·⋅]|\\times|\\cdot", "×"),              # LaTeX: 1{,}000,
+    (r"\\[cdt]?frac ?(?:\{([-+\d., ]*)\}|(\d)) ?(?:\{([-+\d., ]*)\}|(\d))", r"\1\2/\3\4 "),                     # fractions,
+    (r"\\(?:text|math)[a-z]*|\\(?:boxed|left|right|displaystyle)(?![a-z])|\\(?![A-Za-z])", ""),                 # and wrappers
+    (r"\^? ?\{?\\circ\}?", "°"), ("[<>!]=", "≠"), (r"[=-]>|[≈→⇒]|\\approx", "="),
+    ("<([^<>]*)>", r" (\1) "), (r"[{[]", "("), (r"[]}]", ")"),
+    (r"(?<=\d)( ?)\*\*\1(?=[-+(\d])", "^"), (r"\*\*|__", ""),                                                   # 2**3, **18**
+    (r"(?<=\d) ?[xX×*] ?10 ?\^ ?\(?([-+]?\d+)\)?(?!\.?\d|\^)", r"e\1"),                                       # 1.5 x 10^3
+    (r"(?<![A-Za-z])([kcdm]?m|ft|in|yd|mi|feet|units?)(?:\)? ?\^\(?[23]\b\)?|[23]\b)", r"\1"),                  # 18 m^2, 18 m2
+    (r"(?<!\d)(?<!\d )(?:\b[A-Z]{1,2})?[$¢£¥₠-⃀] ?|\b(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|Rs\.?) ?(?=[-+.\d])", ""),
+    (r"\b(?i:minus|negative) (?=[\d.])", "-"),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3})+,\d+(?![.,]?\d)", lambda m: m[0].replace(".", "").replace(",", ".")),  # 1.234,5
+    (r"(?<![\d.,'_])(?<!\d )[1-9]\d{0,2}(?:([ ,'_])\d{3}(?:\1\d{3})*(?!\1?\d|(?<= \d{3}) ?/)|(?:\.\d{3}){2,}(?!\.?\d))",
+     lambda m: re.sub(r"\D", "", m[0])),                                                                        # 1,234
+    (r"(?<![\d.,(])(?<!\([-+ ])(0|\d+(?!,\d{3}(?!\d))),(\d+)(?![.,]?\d)", r"\1.\2"),                      # 3,5; (3,5) is a pair
+]]
+
+
+def read_number(text):
+    """The number after the last "=" of a line; None unless there is just one and it has one reading. Units, currency and % are
+    ignored; a comma before exactly three digits groups them, another is a decimal comma; points group in 1.234,5 and 1.234.567."""
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞]|\\[cdt]?frac)", " ", text)           # NFKC alone makes 21/2 of 2½, 23 of 2³, 52 of 5₂
+    text = re.sub("([⁻⁰¹²³⁴-⁹]+)|[₀-₉]", lambda m: ("^" if m[1] else "_") + m[0], text)
+    text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFKC", text))
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    *earlier, text = text.split("=")
+    found = NUMBER.search(text := text.strip(" *_"))
+    if not found or len(earlier) > 1 and re.search("[,;&]| and | or ", re.split(r"\d", earlier[-1])[-1]):       # x = 5, y = 6
+        return None
+    before, after, (sign, whole, first, operator, second, scale) = text[:found.start()], text[found.end():], found.groups("")
+    if BEFORE.search(before) or AFTER.search(after) or sign and operator == "^" or sign[1:] and re.search(r"[\w)] $", before):
+        return None                                                         # -2^2 has two readings, n - 5 is not a number
+    first, second = float(first), float(second or 1)
+    if whole and first >= second:
+        return None
+    with suppress(ArithmeticError):                                         # 1/0, 9^999
+        value = first ** second if operator == "^" else float(whole or 0) + first / second
+        value *= math.prod(SCALES[word.removesuffix("s")] for word in re.findall("[a-z]+", scale.lower()))
+        return (-value if "-" in sign else value) if math.isfinite(value) else None
+
+
+# ==== responses and their evaluation ==========================================================================================
+
+@torch.no_grad()
+def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
+    """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask (B, T-1), ended (B,),
+    outcomes (B,)}, texts and answers. ended: stopped by itself, not cut off."""
+    tokens, mask = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
+    problems = [p for p in problems for _ in range(group_size)]
+    data = {"tokens": tokens, "response_mask": mask, "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
+    texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
+    answers = read_answers(texts, problems, args)
+    return data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers
+
+
+def response_ids(data):
+    """The sampled ids of each row."""
+    return [row[chosen].tolist() for row, chosen in zip(data["tokens"][:, 1:].cpu(), data["response_mask"].cpu())]
+
+
+def measures(data, answers):
+    """{name: a number for each response} of what training and evaluation both log."""
+    return {"accuracy": (data["outcomes"] == 1).tolist(), "unparsed": [answer is None for answer in answers],
+            "truncated": (~data["ended"]).tolist(), "response_length": data["response_mask"].sum(1).tolist()}
+
+
+def means(found):
+    """The mean of each list; of a list of lists, place by place."""
+    return {name: torch.tensor(values, dtype=torch.float64).mean(0).tolist() for name, values in found.items()}
+
+
+def evaluate(policy, problems, tokenizer, args, temperature=0):
+    """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise."""
+    problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
+    for i in tqdm(range(0, len(problems), args.minibatch_size), "evaluation", disable=None, leave=False):
+        batch = problems[i:i + args.minibatch_size]
+        measured, text = attempt(policy, batch, tokenizer, args, temperature)
+        for name, values in measured.items():
+            found.setdefault(name, []).extend(values)
+    return means(found) | {"sample": f"{batch[0]['question']}\n{text}"}                  # the last entry is to be looked at
+
+
+def keep_best(policy, dev, tokenizer, iteration, state, args, temperature=0, by="accuracy"):
+    """Evaluates the policy on the dev split; the checkpoint that is best there so far is kept in the folder model/."""
+    found = evaluate(policy, dev, tokenizer, args, temperature)
+    if iteration == 0 or found[by] > state["best"][by]:
+        save_checkpoint(Path(args.out) / "model", policy, tokenizer)
+        state["best"] = {"iteration": iteration, "accuracy": found["accuracy"], by: found[by]}
+    return {f"dev_{name}": value for name, value in found.items()}
+
+
+# ==== rows, micro-batches and one optimiser step ==============================================================================
+
+def pack(rows, policy):
     """Rows [(ids, trained flags)] of unequal length as one batch: tokens (B, T) and response_mask (B, T-1)."""
-    width = max(len(ids) for ids, _ in rows)
-    tokens = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows], device=device)
+    width, device = max(len(ids) for ids, _ in rows), policy.head_weight.device
+    tokens = torch.tensor([ids + [policy.config.pad_id] * (width - len(ids)) for ids, _ in rows], device=device)
     mask = torch.tensor([flags[1:] + [False] * (width - len(flags)) for _, flags in rows], device=device)
     return {"tokens": tokens, "response_mask": mask}
 
@@ -630,6 +1022,28 @@ def autocast(tokens):
     return torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
 
 
+@torch.no_grad()
+def token_stats(policy, ref, data, args, critic=None):
+    """Of each sampled token (B, T-1): old_logprobs, ref_logprobs, entropy, kl over the vocabulary, and the critic's old_values."""
+    mask, stats = data["response_mask"], {}
+    for rows, micro in micro_batches(data, args.micro_batch_size):
+        with autocast(data["tokens"]):
+            (hidden, targets), (ref_hidden, _) = sampled(policy, micro), sampled(ref, micro)
+            found = linear_stats(hidden, policy.head_weight, targets, ref_hidden, ref.head_weight)
+            if critic:
+                found = *found, critic.values(hidden if critic is policy else sampled(critic, micro)[0])
+        for name, x in zip(("old_logprobs", "entropy", "kl", "ref_logprobs", "old_values"), found):
+            whole = stats.setdefault(name, torch.zeros(mask.shape, device=mask.device))
+            whole[rows, :micro["response_mask"].shape[1]] = place(x.float(), micro["response_mask"])
+    return stats
+
+
+def adamw(modules, lr):
+    """AdamW without weight decay over the parameters of some modules, each once."""
+    parameters = {id(p): p for module in modules for p in module.parameters()}
+    return torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0, fused=True)
+
+
 def optimiser_step(loss_of, minibatch, optimizer, args):
     """One step on the rows of a minibatch; loss_of(micro, minibatch) gives a micro-batch's share of the loss and of the logged
     means. Returns those and grad_norm as floats; a FloatingPointError names what is not finite, before any weight changes."""
@@ -642,7 +1056,7 @@ def optimiser_step(loss_of, minibatch, optimizer, args):
         totals = {k: totals.get(k, 0) + v.detach() for k, v in stats.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-    totals = dict(zip(totals, torch.stack(list(totals.values())).tolist()))     # one device-to-host copy
+    totals = dict(zip(totals, torch.stack(list(totals.values())).tolist()))              # one device-to-host copy
     for name, value in totals.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
@@ -656,502 +1070,13 @@ def shuffled(n, seed, epoch):
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
-def draw(n, size, index, seed):
-    """The index-th batch of `size` out of n items, epoch after epoch; stateless, so a resumed run draws the same."""
-    return [shuffled(n, seed, i // n)[i % n] for i in range(index * size, (index + 1) * size)]
+def draw(items, size, step, seed):
+    """The batch of `size` items of a step = 1, 2 ..., epoch after epoch; stateless, so a resumed run draws the same."""
+    n = len(items)
+    return [items[shuffled(n, seed, i // n)[i % n]] for i in range((step - 1) * size, step * size)]
 
 
-# ---- warm-up -----------------------------------------------------------------------------------------------------------------
-
-def sft_row(problem):
-    """A demonstration as a row: the prompt is context, the response and its end token are trained."""
-    prompt, response = problem["prompt"], problem["response"]
-    return prompt + response, [False] * len(prompt) + [True] * len(response)
-
-
-def sft_loss(policy, micro, minibatch):
-    """-log pi of the demonstrations' tokens, as a mean over all target tokens of the minibatch."""
-    hidden, targets = sampled(policy, micro)
-    logprobs, _ = linear_logprobs(hidden, policy.head_weight, targets)
-    loss = -logprobs.sum() / minibatch["response_mask"].sum()                                                        # Eq. 1
-    return loss, {"loss": loss}
-
-
-def warmup(policy, rows, optimizer, state, save, args):
-    """Supervised training on rows, linear learning rate with 10 % warm-up steps; goes on at state["step"], saves each minute."""
-    steps, saved_at = math.ceil(args.warmup_epochs * len(rows) / args.warmup_batch_size), time.time()
-    loss_of = functools.partial(sft_loss, policy)
-    bar = tqdm(range(state["step"], steps), "warm-up", initial=state["step"], total=steps, disable=None, leave=False)
-    for step in bar:
-        lr = args.warmup_lr * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batch = pack([rows[i] for i in draw(len(rows), args.warmup_batch_size, step, args.seed)],
-                     policy.config.pad_id, policy.head_weight.device)
-        with located(f"warm-up step {step + 1}", args):
-            loss = optimiser_step(loss_of, batch, optimizer, args)["loss"]
-        state["step"], state["loss"] = step + 1, loss if step == 0 else 0.99 * state["loss"] + 0.01 * loss
-        bar.set_postfix(loss=f"{state['loss']:.3f}", refresh=False)
-        if STOP or time.time() > saved_at + 60:
-            save()
-            leave_if_stopped(args)
-            saved_at = time.time()
-
-
-# ---- SCoRe: two turns, two stages --------------------------------------------------------------------------------------------
-
-FORM = ('At the end of the Solution, when you give your final answer, write it on a line of its own in the form '
-        '"Therefore, the answer is: answer".')
-ERROR = ("\nThere might be an error in the {} above because of lack of understanding of the question. Please correct the error, "
-         "if any, and rewrite the solution. ")
-REFINE = "\nReview your {} above: say to yourself what is wrong with it, and write an improved one. Only output the final {}! "
-TURNS = {                                # before x1; p1; p1 of self-refine, whose text the paper does not give
-    "built-in": ("", "\nAnswer reasoning:\n", "Question:\n\nAnswer reasoning:\n"),       # in its small vocabulary
-    "math": ("You are a math expert. When you respond, respond only with the Solution of the final Problem, thinking step by "
-             "step. " + FORM + "\n",
-             ERROR.format("solution") + "Only output the final solution! " + FORM + "\nAnswer reasoning:\n",
-             REFINE.format("solution", "solution") + FORM + "\nAnswer reasoning:\n"),
-    "program": ("", ERROR.format("code") + "Only output the final correct Python program!\nAnswer reasoning:\n",
-                REFINE.format("code", "Python program") + "\nAnswer reasoning:\n"),
-    "code": ("", ERROR.format("code") + "Only output the final correct Python program!\nPython program:\n",
-             REFINE.format("code", "Python program") + "\nPython program:\n"),
-}
-
-
-def turns(args):
-    """The texts of TURNS that fit the data."""
-    return TURNS["code" if args.task == "code" else "program" if args.cot == "program" else
-                 "math" if args.train_data else "built-in"]
-
-
-def add_turns(problems, tokenizer, max_len, args):
-    """Puts the text before x1 into "prompt" and adds "again", the ids of p1; both turns have to fit into the context."""
-    before, again, refine = [tokenizer.encode(text) for text in turns(args)]
-    again = refine if args.method == "self-refine" else again
-    problems = [problem | {"prompt": before + problem["prompt"], "again": again} for problem in problems]
-    for problem in problems:
-        length = len(problem["prompt"]) + len(again) + 2 * (len(problem["given"]) + args.max_new_tokens)
-        if max(length, len(problem["prompt"]) + len(problem["response"])) > max_len:
-            raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with two attempts, "
-                             f"the model's context holds {max_len}")
-    return problems
-
-
-def demonstration(question, rng, args):
-    """A fresh response to a built-in question, from annotators with builtin_record's two styles, who in a share args.slips of the
-    cases get the result of one line wrong by one and carry on from there (between 0 and 19, all that the vocabulary has)."""
-    start, chain = re.match(r"What is (\d+)", question)[1], re.findall(r" [+-] \d+", question)
-    stride = 1 if rng.random() < (0.7 if len(chain) <= 3 else 0.3) else 4
-    stops = [*range(stride, len(chain), stride), len(chain)]
-    slip = rng.randrange(len(stops)) if rng.random() < args.slips else None
-    total, lines = int(start), []
-    for line, (i, j) in enumerate(zip([0] + stops, stops)):
-        left, total = f"{total}{''.join(chain[i:j])}", total + sum(int(step.replace(" ", "")) for step in chain[i:j])
-        total = min(max(total + (rng.choice((-1, 1)) if line == slip else 0), 0), 19)
-        lines.append(f"{left} = {total}")
-    return "\n".join(lines) + f"{ANSWER}{total}"
-
-
-def warmup_rows(problems, tokenizer, args):
-    """Rows of the warm-up. Three in four of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained. They
-    teach what a second attempt looks like and not to correct: y2 is drawn like y1, independently of it and of whether it is
-    right. A file has one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
-    if args.train_data or args.task == "code":
-        return [sft_row(problem) for problem in problems]
-    rng, rows = random.Random(4), []
-    _, again, refine = [tokenizer.encode(text) for text in turns(args)]
-    for i, problem in enumerate(problems):
-        first, second = [tokenizer.encode(demonstration(problem["question"], rng, args)) + [tokenizer.eos_id] for _ in range(2)]
-        row, flags = sft_row(problem | {"response": first})
-        if i % 4:
-            between = refine if i % 4 == 1 else again
-            row, flags = row + between + second, flags + [False] * len(between) + [True] * len(second)
-        rows.append((row, flags))
-    return rows
-
-
-def two_turns(policy, problems, args, temperature=1.0, group_size=1, first=None):
-    """Two attempts at each problem, in one row [x1 | y1 | p1 | y2 | pad]: tokens (B, T), turn1_mask and turn2_mask (B, T-1).
-    first: (tokens, response_mask) of first attempts written elsewhere."""
-    prompts = [p["prompt"] + p["given"] for p in problems]
-    tokens, turn1_mask = first or generate(policy, prompts, args.max_new_tokens, temperature, group_size)
-    ends = (turn1_mask * torch.arange(2, tokens.shape[1] + 1, device=tokens.device)).amax(1).tolist()
-    repeated = [p for p in problems for _ in range(len(tokens) // len(problems))]
-    second_prompts = [row[:end] + p["again"] + p["given"] for row, end, p in zip(tokens.tolist(), ends, repeated)]
-    tokens, turn2_mask = generate(policy, second_prompts, args.max_new_tokens, temperature)
-    return tokens, torch.nn.functional.pad(turn1_mask, (0, turn2_mask.shape[1] - turn1_mask.shape[1])), turn2_mask
-
-
-def offline_first(policy, ref, problems, args):
-    """First attempts (tokens, response_mask), a share args.offline_fraction by the reference, and (B,) which are the policy's."""
-    prompts = [p["prompt"] + p["given"] for p in problems]
-    pairs = [generate(gpt, prompts, args.max_new_tokens, group_size=args.group_size) for gpt in (policy, ref)]
-    width = max(tokens.shape[1] for tokens, _ in pairs)
-    own = torch.rand(len(pairs[0][0]), device=policy.head_weight.device) >= args.offline_fraction
-    tokens, mask = [torch.where(own[:, None], *[torch.nn.functional.pad(x, (0, w - x.shape[1]), value=fill) for x in pair])
-                    for pair, w, fill in zip(zip(*pairs), (width, width - 1), (policy.config.pad_id, False))]
-    return (tokens, mask), own
-
-
-def grade(tokens, turn_mask, problems, tokenizer, args):
-    """Texts, answers and outcomes (B,) of one turn. An attempt that ran out of room has no answer."""
-    texts = responses(tokens, turn_mask, problems, tokenizer)
-    answers = [read_program(text) for text in texts] if args.task == "code" else read_answers(texts, problems, args)
-    answers = [None if cut else answer for cut, answer in zip(truncated(tokens, turn_mask, tokenizer.eos_id).tolist(), answers)]
-    return texts, answers, reward(answers, problems, args)
-
-
-def stage_of(iteration, args):
-    """1 or 2: a function of the iteration alone, so a resumed run is where it was."""
-    staged = args.method in ("score", "no-shaping", "star-stage2")
-    return 1 if staged and iteration <= round(args.stage1 * args.iterations) else 2
-
-
-def turn_returns(outcomes1, outcomes2, k1_sums1, k1_sums2, stage, args):
-    """G1 and G2 (B,), what the tokens of y1 and of y2 are credited with. k1_sums (B,): log-ratios to the reference, by turn."""
-    R1, R2 = torch.zeros_like(outcomes1), outcomes2                                                                  # S3
-    if stage == 2:
-        R1 = outcomes1                                                                                               # S4
-        if args.method in ("score", "no-stage1"):
-            R2 = R2 + args.alpha * (outcomes2 - outcomes1)                                                           # S5
-    if args.kl_mode == "reward":
-        c1, c2 = kl_weights(stage, args)
-        R1, R2 = R1 - c1 * k1_sums1, R2 - c2 * k1_sums2
-    return R1 + args.gamma * R2 if stage == 2 else R1, R2                                                            # S6
-
-
-def kl_weights(stage, args):
-    """KL weights of the first and of the second turn."""
-    return args.beta2 if stage == 1 else args.beta1, args.beta1
-
-
-def leave_one_out(returns, counted, group_size):
-    """A (Q, K): each return minus the mean of the others of its question, among the counted rows; 0 where there is no other."""
-    returns, counted = returns.view(-1, group_size), counted.view(-1, group_size)
-    n = counted.sum(1, keepdim=True)
-    others = (torch.where(counted, returns, 0).sum(1, keepdim=True) - returns) / (n - 1).clamp(min=1)
-    return torch.where(counted & (n > 1), returns - others, 0)                                                       # S7
-
-
-def turn_advantages(G1, G2, on1, args):
-    """A1 and A2 (B,) of the two turns; on1 (B,): rows whose first attempt is the policy's own."""
-    on2 = torch.ones_like(on1)
-    A1, A2 = leave_one_out(G1, on1, args.group_size), leave_one_out(G2, on2, args.group_size)
-    if args.norm_std != "none":
-        n = torch.stack([on.view(-1, args.group_size).sum(1) for on in (on1, on2)])                          # (2, Q) rows
-        centred = torch.stack([A1, A2]) * ((n - 1) / n.clamp(min=1))[..., None]                              # (2, Q, K) G - mean
-        squares = centred.square().sum(2)
-        if args.norm_std == "joint":
-            n, squares = n.sum(0), squares.sum(0)
-        std = (squares / (n - 1).clamp(min=1)).sqrt().expand(2, -1)[..., None] + 1e-6
-        A1, A2 = A1 / std[0], A2 / std[1]
-    return A1.flatten(), args.turn2_weight * A2.flatten()
-
-
-def edit_distance(a, b):
-    """Levenshtein distance. A column of the table is two whole numbers, the bits where it rises and falls (Hyyro 2003)."""
-    places = {}
-    for i, x in enumerate(a):
-        places[x] = places.get(x, 0) | 1 << i
-    every, rises, falls, distance = (1 << len(a)) - 1, (1 << len(a)) - 1, 0, len(a)
-    for y in b:
-        equal = places.get(y, 0)
-        diagonal = (((equal & rises) + rises) ^ rises) | equal | falls
-        right_rises, right_falls = (falls | ~(diagonal | rises)) & every, rises & diagonal
-        distance += (right_rises >> len(a) - 1) - (right_falls >> len(a) - 1) if a else 1
-        right_rises, right_falls = right_rises << 1 | 1, right_falls << 1
-        rises, falls = (right_falls | ~(diagonal | right_rises)) & every, right_rises & diagonal & every
-    return distance
-
-
-def edit_ratio(first, second):
-    """Edit distance over the lengths' sum: 0 if equal, 1 if one is empty."""
-    return edit_distance(first, second) / max(len(first) + len(second), 1)                                           # S10
-
-
-def turn_metrics(first, second):
-    """What the two attempts (texts, answers, outcomes) at the same problems did, as shares of all of them."""
-    (texts1, answers1, r1), (texts2, answers2, r2) = first, second
-    share = lambda chosen: float(chosen.float().mean())
-    return {"t1": share(r1), "t2": share(r2), "delta": share(r2) - share(r1), "i->c": share((r1 == 0) & (r2 == 1)),
-            "c->i": share((r1 == 1) & (r2 == 0)), "changed": sum(a != b for a, b in zip(answers1, answers2)) / len(r1),
-            "edit_ratio": sum(map(edit_ratio, texts1, texts2)) / len(r1),
-            "unparsed": sum(answer is None for answer in answers1 + answers2) / 2 / len(r1)}
-
-
-# ---- rollout and advantages --------------------------------------------------------------------------------------------------
-
-def responses(tokens, response_mask, problems, tokenizer):
-    """Texts of the responses: what was given of each and what was sampled, without the end token."""
-    texts = []
-    for row, mask, problem in zip(tokens[:, 1:].tolist(), response_mask.tolist(), problems):
-        ids = [token for token, chosen in zip(row, mask) if chosen]
-        texts.append(tokenizer.decode(problem["given"] + ids[:-1 if ids[-1] == tokenizer.eos_id else None]))
-    return texts
-
-
-def truncated(tokens, response_mask, eos_id):
-    """(B,) True where a response ran out of room: none of its sampled tokens is the end token."""
-    return ~(response_mask & (tokens[:, 1:] == eos_id)).any(1)
-
-
-@torch.no_grad()
-def rollout(policy, ref, problems, stage, tokenizer, args):
-    """args.group_size episodes per problem, checked and scored: a dict of (B, T-1) tensors for the update, and a dict to log."""
-    offline = stage == 2 and args.offline_fraction > 0
-    first, own = offline_first(policy, ref, problems, args) if offline else (None, None)
-    tokens, turn1_mask, turn2_mask = two_turns(policy, problems, args, group_size=args.group_size, first=first)
-    problems = [p for p in problems for _ in range(args.group_size)]
-    attempts = [grade(tokens, mask, problems, tokenizer, args) for mask in (turn1_mask, turn2_mask)]
-    outcomes1, outcomes2 = [outcomes.to(tokens.device) for _, _, outcomes in attempts]
-    own = torch.ones_like(outcomes1, dtype=torch.bool) if own is None else own
-    log = {"truncated_1": truncated(tokens, turn1_mask, tokenizer.eos_id).float().mean(),
-           "truncated_2": truncated(tokens, turn2_mask, tokenizer.eos_id).float().mean(),
-           "length_1": turn1_mask.sum(1).float().mean(), "length_2": turn2_mask.sum(1).float().mean()}
-    sampled_tokens = int(turn1_mask.sum() + turn2_mask.sum())
-
-    turn1_mask = turn1_mask & own[:, None]                           # what another model wrote is context
-    data = {"tokens": tokens, "response_mask": turn1_mask | turn2_mask}
-    names = ("logprobs", "ref_logprobs", "kl", "entropy")
-    scores = {name: torch.zeros(turn1_mask.shape, device=tokens.device) for name in names}
-    for rows, micro in micro_batches(data, args.micro_batch_size):
-        with autocast(tokens):
-            (hidden, targets), (ref_hidden, _) = sampled(policy, micro), sampled(ref, micro)
-            logprobs, entropy = linear_logprobs(hidden, policy.head_weight, targets)
-            ref_logprobs, _ = linear_logprobs(ref_hidden, ref.head_weight, targets)
-            kl = linear_kl(hidden, policy.head_weight, ref_hidden, ref.head_weight)      # exact, over the whole vocabulary
-        for name, x in zip(names, (logprobs, ref_logprobs, kl, entropy)):
-            scores[name][rows, :micro["response_mask"].shape[1]] = place(x.float(), micro["response_mask"])
-    turn_sum = lambda x, mask: torch.where(mask, x, 0).sum(1)                            # (B,)
-    kl_k1 = scores["logprobs"] - scores["ref_logprobs"]                                  # one-sample estimate of the KL
-    G1, G2 = turn_returns(outcomes1, outcomes2, turn_sum(kl_k1, turn1_mask), turn_sum(kl_k1, turn2_mask), stage, args)
-    A1, A2 = turn_advantages(G1, G2, own, args if stage == 2 else replace(args, turn2_weight=1.0))
-    c1, c2 = kl_weights(stage, args)
-    data["response_mask"] = turn1_mask if args.method == "single-turn" else data["response_mask"]
-    data["advantages"] = torch.where(data["response_mask"], A1[:, None] * turn1_mask + A2[:, None] * turn2_mask, 0)
-    data["kl_weight"] = torch.where(data["response_mask"], c1 * turn1_mask + c2 * turn2_mask, 0)
-    metrics = turn_metrics(*attempts)
-    log |= {"accuracy": outcomes2.mean(), "outcome": (outcomes1 + outcomes2).mean(),
-            "truncated": (log["truncated_1"] + log["truncated_2"]) / 2,
-            "no_signal": not data["advantages"].any(), "response_length": log["length_1"] + log["length_2"],
-            "kl": scores["kl"].sum(1).mean(), "kl_k1": kl_k1.sum(1).mean(),              # sums over an episode
-            "kl_1": turn_sum(scores["kl"], turn1_mask).mean(), "kl_2": turn_sum(scores["kl"], turn2_mask).mean(),
-            "entropy": masked_mean(scores["entropy"], turn1_mask | turn2_mask)}
-    return data, {"stage": stage} | metrics | {k: float(v) for k, v in log.items()} | {
-        "tokens": sampled_tokens, "sample": attempts[0][0][0] + "\n---\n" + attempts[1][0][0]}
-
-
-# ---- loss --------------------------------------------------------------------------------------------------------------------
-
-def loss_fn(policy, ref, args, micro, minibatch):
-    """A micro-batch's share of the minibatch's loss: REINFORCE, and the exact KL with its turn's weight. Both are sums over the
-    tokens of an episode and means over the episodes of the minibatch."""
-    mask, rows = micro["response_mask"], len(minibatch["tokens"])
-    hidden, targets = sampled(policy, micro)
-    logprobs = place(linear_logprobs(hidden, policy.head_weight, targets)[0], mask)
-    loss = policy_loss = -(micro["advantages"] * logprobs).sum() / rows                                              # S2
-    stats = {"policy_loss": policy_loss}
-    if args.kl_mode == "loss":
-        with torch.no_grad():
-            ref_hidden, _ = sampled(ref, micro)
-        kl = place(linear_kl(hidden, policy.head_weight, ref_hidden, ref.head_weight), mask)
-        stats["kl_loss"] = (micro["kl_weight"] * kl).sum() / rows                                                    # S8
-        loss = loss + stats["kl_loss"]
-    return loss, stats
-
-
-def reinforce(policy, ref, data, optimizer, args):
-    """One step on a whole rollout. Returns the logged numbers."""
-    return optimiser_step(functools.partial(loss_fn, policy, ref, args), data, optimizer, args)
-
-
-# ---- baselines: supervised training on the model's own traces ----------------------------------------------------------------
-
-def sft_update(policy, rows, optimizer, iteration, steps, args):
-    """An iteration of supervised training: `steps` optimiser steps on a schedule, as the warm-up's, over all iterations."""
-    done, total = [], steps * args.iterations
-    for i in range((iteration - 1) * steps, iteration * steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.warmup_lr * min((i + 1) / (0.1 * total), (total - i) / (0.9 * total), 1.0)
-        chosen = [rows[j] for j in draw(len(rows), args.warmup_batch_size, i, f"{args.seed} sft")]
-        batch = pack(chosen, policy.config.pad_id, policy.head_weight.device)
-        done.append(optimiser_step(functools.partial(sft_loss, policy), batch, optimizer, args))
-    return {k: sum(step[k] for step in done) / steps for k in done[0]}
-
-
-@torch.no_grad()
-def draw_traces(policy, batches, tokenizer, args):
-    """Two-turn traces at temperature 1, [(problem, ids of y1, ids of y2, r1, r2)], and a dict to log."""
-    traces, attempts, count = [], [([], [], []), ([], [], [])], 0
-    for batch in tqdm(batches, "traces", disable=None, leave=False):
-        tokens, *masks = two_turns(policy, batch, args, group_size=args.group_size)
-        problems = [p for p in batch for _ in range(args.group_size)]
-        for kept, mask in zip(attempts, masks):
-            for all_of, these in zip(kept, grade(tokens, mask, problems, tokenizer, args)):
-                all_of.extend(these)
-        ids = [[row[1:][chosen].tolist() for row, chosen in zip(tokens, mask)] for mask in masks]
-        traces += zip(problems, *ids, *[kept[2][-len(problems):] for kept in attempts])
-        count += sum(map(len, sum(ids, [])))
-    attempts = [(texts, answers, torch.stack(outcomes)) for texts, answers, outcomes in attempts]
-    return traces, turn_metrics(*attempts) | {"tokens": count}
-
-
-def trace_rows(traces, rng, args):
-    """Rows x1 y1 p1 y2 with y2 trained. STaR keeps the traces from wrong to right; pair-SFT gives a wrong y1 any right response,
-    of either turn, to the same question; with plus, right first attempts take part in the same way."""
-    right, rows = {}, []
-    for problem, y1, y2, r1, r2 in traces:
-        right.setdefault(problem["question"], []).extend(y for y, r in ((y1, r1), (y2, r2)) if r == 1)
-    for problem, y1, y2, r1, r2 in traces:
-        if "pair" in args.method and right[problem["question"]]:
-            y2, r2 = rng.choice(right[problem["question"]]), 1
-        if r2 == 1 and (r1 == 0 or "plus" in args.method):
-            context = problem["prompt"] + problem["given"] + y1 + problem["again"] + problem["given"]
-            rows.append((context + y2, [False] * len(context) + [True] * len(y2)))
-    return rows
-
-
-def is_supervised(iteration, args):
-    """Whether the method trains on traces in this iteration."""
-    return args.method.startswith(("star", "pair")) and stage_of(iteration, args) == 2
-
-
-def trace_update(policy, ref, train, optimizer, state, iteration, tokenizer, args):
-    """An iteration of supervised training on traces. The iterations are split into rounds. The first of a round draws as many
-    traces from the newest model as reinforcement learning would in all of it, and goes back to the base; in star-stage2 it goes
-    on from where it is. The passes over them are spread over the round; of a few traces they end sooner. state["rows"] keeps the
-    round's rows for a resumed run."""
-    before = sum(stage_of(i, args) == 1 for i in range(1, iteration))
-    rounds, length = 1 if "pair" in args.method else args.rounds, args.iterations - before
-    starts = [before + 1 + length * i // rounds for i in range(rounds)] + [args.iterations + 1]
-    start, end = max((a, b) for a, b in zip(starts, starts[1:]) if a <= iteration < b)
-    log = {"tokens": 0}
-    if iteration == start:
-        batches = [[train[i] for i in draw(len(train), args.batch_size, j - 1, args.seed)] for j in range(start, end)]
-        traces, log = draw_traces(policy, batches, tokenizer, args)
-        state["rows"] = trace_rows(traces, random.Random(f"{args.seed} {iteration}"), args)
-        if args.method != "star-stage2":
-            policy.load_state_dict(ref.state_dict())
-        optimizer.state.clear()
-    log |= {"stage": stage_of(iteration, args), "kept": len(state["rows"])}
-    total = math.ceil(args.sft_epochs * len(state["rows"]) / args.warmup_batch_size)
-    steps = max(1, math.ceil(total / (end - start)))
-    used = math.ceil(total / steps)                                  # iterations that train
-    if iteration - start >= used:
-        return log, {}
-    schedule = replace(args, iterations=used, warmup_lr=args.lr)     # the learning rate is that of all methods
-    return log, sft_update(policy, state["rows"], optimizer, iteration - start + 1, steps, schedule)
-
-
-# ---- inference-time methods: voting ------------------------------------------------------------------------------------------
-
-def vote(answers):
-    """The answer given most often, floats equal within 1e-2, of equally many the first seen; None is not counted."""
-    kinds = []                                                       # [answer, count]
-    for answer in answers:
-        if answer is not None:
-            same = [kind for kind in kinds if kind[0] == answer or isinstance(answer, float) and abs(kind[0] - answer) <= 1e-2]
-            if same:
-                same[0][1] += 1
-            else:
-                kinds.append([answer, 1])
-    return max(kinds, key=lambda kind: kind[1])[0] if kinds else None
-
-
-@torch.no_grad()
-def vote_curves(policy, problems, tokenizer, args):
-    """Accuracy of a vote among 2k first attempts, and among k corrections of k first attempts, as many samples; k = 1, 2, 4 ...
-    to args.vote_k, temperature 0.7."""
-    torch.manual_seed(args.seed)
-    ks = [2 ** i for i in range(args.vote_k.bit_length()) if 2 ** i <= args.vote_k]
-    chosen = {name: [] for k in ks for name in (f"vote_{2 * k}_parallel", f"vote_{2 * k}_corrected")}
-    for i in tqdm(range(0, len(problems), args.batch_size), "votes", disable=None, leave=False):
-        batch = problems[i:i + args.batch_size]
-        first = generate(policy, [p["prompt"] + p["given"] for p in batch], args.max_new_tokens, 0.7, 2 * args.vote_k)
-        half = (torch.arange(len(first[0]), device=first[0].device) % (2 * args.vote_k)) < args.vote_k
-        tokens, _, turn2_mask = two_turns(policy, batch, args, 0.7, first=(first[0][half], first[1][half]))
-        found = {}
-        for name, count, pair in (("parallel", 2 * args.vote_k, first), ("corrected", args.vote_k, (tokens, turn2_mask))):
-            answers = grade(*pair, [p for p in batch for _ in range(count)], tokenizer, args)[1]
-            found[name] = [answers[j:j + count] for j in range(0, len(answers), count)]
-        for k in ks:
-            chosen[f"vote_{2 * k}_parallel"] += [vote(answers[:2 * k]) for answers in found["parallel"]]
-            chosen[f"vote_{2 * k}_corrected"] += [vote(answers[:k]) for answers in found["corrected"]]
-    return {name: float(reward(answers, problems, args).mean()) for name, answers in chosen.items()}
-
-
-# ---- evaluation, log, plot, resume -------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def evaluate(policy, problems, tokenizer, args, author=None):
-    """Greedy in both turns, on problems from the question alone; the last entry is a sample to look at. With an author the first
-    attempts are its samples at temperature 1, the same ones each time for one seed and author."""
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt"]))       # like lengths together: less padding
-    attempts, lengths, cut, size = [([], [], []), ([], [], [])], [0, 0], [0, 0], args.batch_size * args.group_size
-    torch.manual_seed(args.seed)
-    for i in tqdm(range(0, len(order), size), "evaluation", disable=None, leave=False):
-        batch = [problems[j] for j in order[i:i + size]]
-        first = generate(author, [p["prompt"] + p["given"] for p in batch], args.max_new_tokens) if author else None
-        tokens, *masks = two_turns(policy, batch, args, temperature=0, first=first)
-        for turn, mask in enumerate(masks):
-            lengths[turn] += int(mask.sum())
-            cut[turn] += int(truncated(tokens, mask, tokenizer.eos_id).sum())
-            for kept, these in zip(attempts[turn], grade(tokens, mask, batch, tokenizer, args)):
-                kept.extend(these)
-    n = len(problems)
-    attempts = [(texts, answers, torch.stack(outcomes)) for texts, answers, outcomes in attempts]
-    metrics = turn_metrics(*attempts)
-    ratios = [min(int(10 * edit_ratio(a, b)), 9) for a, b in zip(attempts[0][0], attempts[1][0])]
-    given = lambda part, whole: part / whole if whole else 0.0       # conditional rates, for reading only
-    return {"accuracy": metrics["t2"], "outcome": metrics["t1"] + metrics["t2"]} | metrics | {
-        "right_if_wrong": given(metrics["i->c"], 1 - metrics["t1"]), "wrong_if_right": given(metrics["c->i"], metrics["t1"]),
-        "truncated": sum(cut) / 2 / n, "truncated_1": cut[0] / n, "truncated_2": cut[1] / n, "response_length": sum(lengths) / n,
-        "edit_histogram": [round(ratios.count(tenth) / n, 6) for tenth in range(10)],
-        "sample": "\n---\n".join([batch[0]["question"], attempts[0][0][-len(batch)], attempts[1][0][-len(batch)]])}
-
-
-def two_rates(m):
-    """The numbers of an evaluation that tell what the second attempts did, as a text."""
-    return (f"t1 {m['t1']:.3f}, t2 {m['t2']:.3f}, delta {m['delta']:+.3f} = i->c {m['i->c']:.3f} - c->i {m['c->i']:.3f}, changed "
-            f"{m['changed']:.3f}, cut {m['truncated']:.3f}")
-
-
-def fixed_and_own(policy, ref, problems, tokenizer, args):
-    """Second attempts after first ones that the base wrote, one set for all methods, and after the policy's own; both sampled."""
-    found = {name: evaluate(policy, problems, tokenizer, args, author) for name, author in (("fixed", ref), ("own", policy))}
-    return {f"{name}_{key}": metrics[key] for name, metrics in found.items() for key in ("t1", "t2", "i->c", "c->i")}
-
-
-def plot_turns(args, state):
-    """turns.png: both attempts over training with the end of stage I, edit ratios before and after, and the votes."""
-    log = [json.loads(line) for line in open(Path(args.out) / "log.jsonl")]
-    log = [record for record in log if record["event"] == "iteration"]
-    after = state.get("after", {})
-    votes = sorted({int(name.split("_")[1]) for name in after if name.startswith("vote_")})
-    figure = Figure(figsize=(5 * (2 + bool(votes)), 3.6), layout="constrained")
-    axes = figure.add_subplot(1, 2 + bool(votes), 1, title=f"{args.method}: right answers", xlabel="iteration", ylim=(0, 1))
-    for name, color in (("t1", "C0"), ("t2", "C1")):
-        for key, style in ((name, "-"), (f"dev_{name}", ".--")):
-            points = [(r["iteration"], r[key]) for r in log if key in r]
-            if points:
-                axes.plot(*zip(*points), style, color=color, label=key + ("" if key == name else ", greedy"))
-    boundary = sum(stage_of(i, args) == 1 for i in range(1, args.iterations + 1))
-    if boundary:
-        axes.axvline(boundary + 0.5, color="gray", linestyle=":", label="stage II")
-    axes.legend()
-    axes = figure.add_subplot(1, 2 + bool(votes), 2, title="test problems", xlabel="edit ratio of the two attempts")
-    for i, name in enumerate(("before", "after")):
-        if name in state:
-            axes.bar([0.1 * tenth + 0.03 + 0.04 * i for tenth in range(10)], state[name]["edit_histogram"], 0.04, label=name)
-    axes.legend()
-    if votes:
-        axes = figure.add_subplot(1, 3, 3, title="test problems, majority vote", xlabel="samples")
-        for kind in "parallel", "corrected":
-            axes.plot(votes, [after[f"vote_{n}_{kind}"] for n in votes], ".-", label=kind)
-        axes.set_xscale("log", base=2)
-        axes.legend()
-    figure.savefig(Path(args.out) / "turns.png", dpi=100)
-
+# ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
 
@@ -1162,12 +1087,17 @@ def on_signal(number, frame):
     signal.signal(number, signal.SIG_DFL)
 
 
-def leave_if_stopped(args):
-    """After a save: exits with 128 + the signal's number and says how to go on, if a signal came."""
-    if STOP:
-        flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-        print(f"stopped; saved in {args.out}; go on with: python {' '.join([sys.argv[0], *flags, '--resume'])}", file=sys.stderr)
-        sys.exit(128 + STOP[0])
+def say(text):
+    """A line on the screen. One that nobody reads any more (a closed pipe) does not end the run."""
+    try:
+        tqdm.write(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_ids(name, ids, tokenizer):
+    """A text with its token ids: a forgotten template, a doubled BOS or a missing end token shows here."""
+    say(f"  {name}: {tokenizer.decode(ids)!r}\n  its ids: {ids}")
 
 
 def write_whole(path, write):
@@ -1178,105 +1108,96 @@ def write_whole(path, write):
 
 
 def run_info(args):
-    """What args.json holds: the flags, versions, device and commit."""
-    git = shutil.which("git")
-    ask = [git, "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if git else ""
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": name,
-            "threads": torch.get_num_threads(), "commit": commit}
+    """What args.json holds: flags, versions, device, commit, and the hashes of what the run was given."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    here = shutil.which("git") and git("rev-parse", "HEAD")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
+            "threads": torch.get_num_threads(), "commit": here or "", "clean": bool(here) and not git("status", "--porcelain"),
+            "inputs": {name: fingerprint(getattr(args, name)) for name in ("model", "train_data", "eval_data")}}
+
+
+def fingerprint(path):
+    """A hash of a file, or of a checkpoint folder's files; of no path nothing."""
+    files = [f for f in sorted(Path(path).iterdir()) if f.suffix in (".json", ".safetensors")] if Path(path).is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files if path else []:
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest() if path else ""
 
 
 def open_run(args):
-    """Makes the run folder, or reads the one to resume: (state, saved tensors). Refuses to mix two runs in one folder."""
-    out = Path(args.out)
-    if not args.resume:
-        if (out / "args.json").exists():
-            raise InputError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "args.json", lambda path: path.write_text(json.dumps(run_info(args), indent=1)))
-        (out / "log.jsonl").write_text("")
-        return {"phase": "warmup", "step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0}, {}
-    if not (out / "args.json").exists():
+    """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
+    a run. From here on a signal saves before it ends the run."""
+    out, state = Path(args.out), {"step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0, "flat": 0}
+    if args.resume and not (out / "args.json").exists():
         raise InputError(f"{out}: no run to resume")
-    before = json.loads((out / "args.json").read_text())["args"]
-    for name, value in asdict(args).items():
-        if before.get(name) != value and name not in ("resume", "out"):
-            raise InputError(f"{out}: --{name.replace('_', '-')} was {before.get(name)!r} in this run, not {value!r}")
-    if not (out / "state.pt").exists():                              # killed before anything was saved: from the start
-        (out / "log.jsonl").write_text("")
-        return {"phase": "warmup", "step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0}, {}
-    saved = torch.load(out / "state.pt", map_location=args.device, weights_only=True)
-    state = saved.pop("state")
-    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-    write_whole(out / "log.jsonl", lambda path: path.write_text("".join(lines[:state["log_lines"]])))
-    return state, saved
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock", timeout=0)
+        lock.acquire()
+        atexit.register(lock.release)
+    except Timeout:
+        raise InputError(f"{out}: another process is at this run") from None
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
+    if not args.resume and (out / "state.pt").exists():              # without one it died before there was anything to lose
+        raise InputError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
+    info = run_info(args)
+    if args.resume:
+        try:
+            before = json.loads((out / "args.json").read_text())
+            changed = [(name, before["args"].get(name), value) for name, value in info["args"].items()
+                       if before["args"].get(name) != value and name not in ("resume", "out")]
+            other = [name for name, found in info["inputs"].items() if before["inputs"][name] != found]
+            if (out / "state.pt").exists():
+                state = torch.load(out / "state.pt", map_location=args.device, weights_only=True)
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+            raise InputError(f"{out}: args.json or state.pt is damaged, the run cannot be resumed "
+                             f"({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else 'empty'})") from None
+        for name, was, value in changed:
+            raise InputError(f"{out}: --{name.replace('_', '-')} was {was!r} in this run, not {value!r}")
+        for name in other:
+            raise InputError(f"{out}: what --{name.replace('_', '-')} {getattr(args, name)} holds has changed since the run began")
+    else:
+        write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+    log = out / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
+    if len(lines) <= state["log_lines"]:
+        raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
+    write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return state
 
 
-def save_run(args, state, modules, optimizer):
-    """state.pt: all that resuming needs, {"state", "optimizer", and each module's weights by name}."""
-    saved = {"state": state, "optimizer": optimizer.state_dict()} | {k: v.state_dict() for k, v in modules.items()}
-    write_whole(Path(args.out) / "state.pt", lambda path: torch.save(saved, path))
+def save_run(modules, optimizer, state, args):
+    """state.pt: all that resuming needs, the state with the weights of each module and of the optimiser."""
+    weights = {name: part.state_dict() for name, part in (modules | {"optimizer": optimizer}).items()}
+    write_whole(Path(args.out) / "state.pt", lambda path: torch.save(state | {"weights": weights}, path))
 
 
-def restore(saved, modules, optimizer):
-    """Puts back what save_run saved."""
-    for name, module in modules.items():
-        module.load_state_dict(saved[name])
-    optimizer.load_state_dict(saved["optimizer"])
-
-
-def write_log(args, state, record):
-    """Appends one line to log.jsonl; a number that is not finite (the explained variance of equal returns) becomes null."""
-    plain = {k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
-    with open(Path(args.out) / "log.jsonl", "a") as file:
-        file.write(json.dumps(plain) + "\n")
-    state["log_lines"] += 1
-
-
-def show(record, state, args):
-    """The record, short, as one line on the screen."""
-    red = lambda text: f"\033[31m{text}\033[0m" if sys.stdout.isatty() else text
-    names = {"accuracy": "acc", "outcome": "reward", "kl": "kl", "response_length": "len", "loss": "loss", "policy_loss": "pg",
-             "value_loss": "vf", "kl_loss": "klloss", "clip_frac": "clip", "explained_variance": "ev", "grad_norm": "grad",
-             "truncated": "cut", "dev_accuracy": "dev"}
-    parts = [f"iteration {record['iteration']:4d}/{args.iterations}"]
-    for key, name in names.items():
-        if key in record:
-            value = record[key]
-            text = f"{name} " + ("/".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.3g}")
-            parts.append(red(text) if key == "truncated" and value > 0.2 else text)
-    eta = state["seconds"] / record["iteration"] * (args.iterations - record["iteration"])
-    tqdm.write("  ".join(parts) + f"  {record['tokens_per_second']:.0f} tok/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}")
-
-
-def finish_iteration(record, state, began, args):
-    """Adds the times, logs the record, shows it, draws the curves, and warns of ten iterations in a row without any signal."""
-    seconds = time.time() - began
-    state["step"], state["seconds"] = record["iteration"], state["seconds"] + seconds
-    state["tokens"] += record["tokens"]
-    record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
-    write_log(args, state, record)
-    state["flat"] = state.get("flat", 0) + 1 if record.get("no_signal") == 1 else 0
-    show(record, state, args)
-    if state["flat"] and state["flat"] % 10 == 0:
-        tqdm.write(f"warning: {state['flat']} iterations in a row in which all outcomes that are compared were equal: there is "
-                   "nothing to learn from; look at the samples in log.jsonl")
-    if "dev_accuracy" in record:
-        plot(args)
-
-
-def write_summary(args, state, problems):
-    """summary.json: what a results table needs."""
-    write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(
-        {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems,
-         "before": state["before"], "after": state["after"], "best": state["best"], "seconds": round(state["seconds"], 3),
-         "tokens_per_second": round(state["tokens"] / max(state["seconds"], 1e-9), 1)}, indent=1)))
-
-
-def print_ids(name, ids, tokenizer):
-    """A text with its token ids: a forgotten template, a doubled BOS or a missing end token shows here."""
-    print(f"  {name}: {tokenizer.decode(ids)!r}\n  its ids: {ids}")
+def resumable(total, every, modules, optimizer, state, args):
+    """Steps 1 .. total, or those that a resumed run has left. Saves every so many (0: each minute), after the last, and when a
+    signal came, which ends the run. A step's number seeds it, so that no random state needs to be kept."""
+    if "weights" in state:
+        weights = state.pop("weights")
+        for name, part in (modules | {"optimizer": optimizer}).items():
+            part.load_state_dict(weights[name])
+    elif every:
+        save_run(modules, optimizer, state, args)                    # what came before the first step
+    saved = time.time()
+    for step in range(state["step"] + 1, total + 1):
+        torch.manual_seed(1_000_003 * args.seed + step)
+        yield step
+        state["step"] = step
+        if STOP or step == total or (step % every == 0 if every else time.time() > saved + 60):
+            save_run(modules, optimizer, state, args)
+            saved = time.time()
+        if STOP:
+            command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+            fail(f"stopped; saved in {args.out}; go on with: {command}", 128 + STOP[0])
 
 
 @contextmanager
@@ -1288,180 +1209,112 @@ def located(where, args):
         raise FloatingPointError(f"{where}: {error}; the state saved last is kept in {args.out}") from None
 
 
+def write_log(record, state, args):
+    """Appends one line to log.jsonl; a number that is not finite (the explained variance of equal returns) becomes null."""
+    plain = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
+    with open(Path(args.out) / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
+    state["log_lines"] += 1
+
+
+SHOWN = {"accuracy": "acc", "t1": "t1", "t2": "t2", "outcome": "reward", "kl": "kl", "response_length": "len", "loss": "loss",
+         "policy_loss": "pg", "value_loss": "vf", "kl_loss": "klloss", "clip_frac": "clip", "explained_variance": "ev",
+         "grad_norm": "grad", "truncated": "cut", "dev_accuracy": "dev"}
+
+
+def show(record, state, args):
+    """A line of the log, short, on the screen; in red that too many responses are cut off."""
+    red = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    parts = [f"iteration {record['iteration']:4d}/{args.iterations}"]
+    for key, name in SHOWN.items():
+        if key in record:
+            value = record[key]
+            text = f"{name} " + ("/".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.3g}")
+            parts.append(f"\033[31m{text}\033[0m" if key == "truncated" and value > 0.2 and red else text)
+    left = state["seconds"] / record["iteration"] * (args.iterations - record["iteration"])
+    say("  ".join(parts) + f"  {record['tokens_per_second']:.0f} tok/s  ETA {left // 60:.0f}:{left % 60:02.0f}")
+
+
+def finish_iteration(log, iteration, began, state, args):
+    """Logs an iteration, shows it as one line, draws the curves, and warns of ten in a row without any signal."""
+    seconds, tokens = time.time() - began, log.get("tokens", 0)
+    state["seconds"], state["tokens"] = state["seconds"] + seconds, state["tokens"] + tokens
+    state["flat"] = state["flat"] + 1 if log.get("no_signal") == 1 else 0
+    record = {"event": "iteration", "iteration": iteration} | log | {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    write_log(record, state, args)
+    show(record, state, args)
+    if state["flat"] and state["flat"] % 10 == 0:
+        say(f"warning: {state['flat']} iterations in a row in which all outcomes that are compared were equal: there is nothing "
+            "to learn from; look at the samples in log.jsonl")
+    if "dev_accuracy" in log:
+        plot(args)
+
+
+PANELS = [["accuracy", "dev_accuracy", "contradictions"], ["t1", "t2", "dev_t1", "dev_t2"], ["outcome"], ["kl", "kl_k1"],
+          ["response_length"], ["truncated", "unparsed"], ["policy_loss", "kl_loss"], ["value_loss"], ["loss"], ["entropy"],
+          ["explained_variance"], ["clip_frac"], ["grad_norm"]]
+
+
+def figure(width, height):
+    """An empty figure. Imported here, with the backend that a notebook may have set put aside: only files are drawn."""
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def plot(args):
-    """curves.png: every number of log.jsonl over the iterations."""
-    log = [json.loads(line) for line in open(Path(args.out) / "log.jsonl")]
-    log = [record for record in log if record["event"] == "iteration"]
-    panels = [["accuracy", "dev_accuracy", "contradictions"], ["outcome"], ["kl", "kl_k1"], ["response_length"],
-              ["truncated", "unparsed"], ["policy_loss"], ["value_loss"], ["loss"], ["entropy"], ["explained_variance"],
-              ["clip_frac"], ["grad_norm"]]
-    panels = [[k for k in keys if any(k in r for r in log)] for keys in panels]
+    """curves.png: the numbers of log.jsonl over the iterations."""
+    log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
+    panels = [[key for key in keys if any(key in record for record in log)] for keys in PANELS]
     panels = [keys for keys in panels if keys]
-    figure = Figure(figsize=(14, 2.6 * math.ceil(len(panels) / 4)), layout="constrained")
+    picture = figure(14, 2.6 * math.ceil(len(panels) / 4))
     for i, keys in enumerate(panels):
-        axes = figure.add_subplot(math.ceil(len(panels) / 4), 4, i + 1, title=", ".join(keys))
+        axes = picture.add_subplot(math.ceil(len(panels) / 4), 4, i + 1, title=", ".join(keys))
         for key in keys:
             points = [(r["iteration"], r[key]) for r in log if r.get(key) is not None]
-            axes.plot(*zip(*points), marker="." if key == "dev_accuracy" else "")
-    figure.savefig(Path(args.out) / "curves.png", dpi=100)
+            axes.plot(*zip(*points), marker="." if key.startswith("dev_") else "", label=key)
+        if len(keys) > 1:
+            axes.legend()
+    picture.savefig(Path(args.out) / "curves.png", dpi=100)
 
 
-# ---- the algorithm -----------------------------------------------------------------------------------------------------------
-
-def initial_policy(args):
-    """The policy before any training, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
-    torch.manual_seed(args.seed)
-    if args.model:
-        policy, tokenizer = load_checkpoint(args.model)
-    else:
-        tokenizer = builtin_tokenizer(args)
-        policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
-                               max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
-    return policy.to(args.device), tokenizer
+def tell(moment, found, state, args):
+    """What a test found "before" the training or "after" it, for the state, the log and the screen."""
+    state[moment] = found
+    event = {"before": {"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")},
+             "after": {"event": "end", "best_iteration": state.get("best", {}).get("iteration")}}
+    write_log(event[moment] | found, state, args)
+    numbers = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, (int, float)))
+    say(f"{'warm-up' if moment == 'before' else 'best checkpoint'}, test: {numbers}\n  a response: {found['sample']!r}")
 
 
-def prepare(args):
-    """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
-    splits = load_problems(args)
-    policy, tokenizer = initial_policy(args)
-    splits = [[encode_record(record, tokenizer, args) for record in split] for split in splits]
-    for problem in sum(splits, []):
-        length = len(problem["prompt"]) + max(len(problem["response"]), len(problem["given"]) + args.max_new_tokens)
-        if length > policy.config.max_len:
-            raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with its response, "
-                             f"the model's context holds {policy.config.max_len}")
-    longer = sum(len(problem["response"]) - len(problem["given"]) > args.max_new_tokens for problem in splits[0])
-    if longer:
-        tqdm.write(f"warning: {longer} of {len(splits[0])} demonstrations are longer than --max-new-tokens "
-                   f"{args.max_new_tokens}; responses as long will be cut off")
-    return policy, tokenizer, *splits
+def summarise(problems, state, args):
+    """The last line on the screen, and summary.json with what a results table needs."""
+    summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
+    summary |= {name: state[name] for name in ("before", "after", "best")} | {"seconds": round(state["seconds"], 3)}
+    summary["tokens_per_second"] = round(state["tokens"] / max(state["seconds"], 1e-9), 1)
+    write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
+    say(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f} on {problems} test "
+        f"problems (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {args.out}")
 
 
-def adamw(modules, lr):
-    """AdamW without weight decay over the parameters of some modules, each once."""
-    parameters = {id(p): p for module in modules for p in module.parameters()}
-    return torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0, fused=True)
+# ==== command line ============================================================================================================
 
-
-def check_turns(args):
-    """InputError for flags that do not go together; methods without training have no iterations."""
-    args.iterations = 0 if args.method in ("base", "self-refine") else args.iterations
-    if args.group_size < 2:
-        raise InputError(f"--group-size {args.group_size}: must be at least 2, episodes of a question are compared")
-    for name in ("stage1", "offline_fraction", "slips"):
-        if getattr(args, name) > 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: is a share, at most 1")
-    if args.task == "code" and not args.model:
-        raise InputError("--task code needs --model: the small vocabulary made here knows the built-in problems only")
-    if args.minibatch_size < args.batch_size * args.group_size:
-        raise InputError(f"--minibatch-size {args.minibatch_size}: must hold all of a rollout, --batch-size times --group-size "
-                         f"{args.batch_size * args.group_size} rows, which is used once")
-    if args.turn2_weight != 1 and args.kl_mode == "reward":
-        raise InputError("--turn2-weight would weigh the KL too where it is part of the reward: --kl-mode loss")
-    if args.method == "single-turn" and (args.offline_fraction or args.gamma):
-        raise InputError("--method single-turn trains its own first attempts on r1 alone: no --offline-fraction, no --gamma")
-    if args.cot == "program" and (args.task == "code" or not args.train_data):
-        raise InputError("--cot program is for problems with an answer, from --train-data")
-
-
-def main(args):
-    check_turns(args)
-    policy, tokenizer, *splits = prepare_code(args) if args.task == "code" else prepare(args)
-    train, dev, test = [add_turns(split, tokenizer, policy.config.max_len, args) for split in splits]
-    state, saved = open_run(args)
-    out, rows = Path(args.out), warmup_rows(train, tokenizer, args)
-
-    print_ids("first prompt", train[0]["prompt"] + train[0]["given"], tokenizer)
-    print_ids("its demonstration", train[0]["response"], tokenizer)
-    print_ids("second turn's prompt", train[0]["again"], tokenizer)
-
-    # warm-up
-    if state["phase"] == "warmup":
-        modules, optimizer = {"policy": policy}, adamw([policy], args.warmup_lr)
-        if saved:
-            restore(saved, modules, optimizer)
-        warmup(policy, rows, optimizer, state, lambda: save_run(args, state, modules, optimizer), args)
-        save_checkpoint(out / "warmup", policy, tokenizer)
-        state["before"] = evaluate(policy, test, tokenizer, args)
-        write_log(args, state, {"event": "warmup", "steps": state["step"], "loss": state.get("loss")} | state["before"])
-        state, saved = state | {"phase": "train", "warmup_steps": state["step"], "step": 0}, {}
-    else:
-        policy = load_checkpoint(out / "warmup")[0].to(args.device)
-    print(f"warm-up: {two_rates(state['before'])} on {len(test)} test problems")
-    print(f"  two attempts: {state['before']['sample']!r}")
-
-    # the warm-up model is the base: the initial policy and, in both stages, the frozen reference
-    ref = copy.deepcopy(policy).requires_grad_(False)
-    chosen_by = "t1" if args.method == "single-turn" else "outcome"
-    modules, optimizer = {"policy": policy}, adamw([policy], args.lr)
-    if saved:
-        restore(saved, modules, optimizer)
-    else:
-        save_checkpoint(out / "model", policy, tokenizer)
-        greedy = evaluate(policy, dev, tokenizer, args)
-        state["best"] = {"iteration": 0, "accuracy": greedy["accuracy"], chosen_by: greedy[chosen_by]}
-        save_run(args, state, modules, optimizer)
-
-    for iteration in range(state["step"] + 1, args.iterations + 1):
-        began, stage = time.time(), stage_of(iteration, args)
-        torch.manual_seed(1_000_003 * args.seed + iteration)         # so a resumed run needs no random state
-        with located(f"iteration {iteration}", args):
-            if is_supervised(iteration, args):
-                log, stats = trace_update(policy, ref, train, optimizer, state, iteration, tokenizer, args)
-            else:
-                batch = [train[i] for i in draw(len(train), args.batch_size, iteration - 1, args.seed)]
-                data, log = rollout(policy, ref, batch, stage, tokenizer, args)
-                stats = reinforce(policy, ref, data, optimizer, args)
-                if iteration == 1:
-                    print_ids("first sample", data["tokens"][0, 1:][data["response_mask"][0]].tolist(), tokenizer)
-        record = {"event": "iteration", "iteration": iteration} | log | stats
-        if iteration % args.eval_every == 0 or iteration == args.iterations:
-            greedy = evaluate(policy, dev, tokenizer, args)
-            record |= {f"dev_{k}": v for k, v in greedy.items() if k != "edit_histogram"}
-            tqdm.write(f"stage {stage}, dev: {two_rates(greedy)}")
-            if greedy[chosen_by] > state["best"][chosen_by]:
-                save_checkpoint(out / "model", policy, tokenizer)
-                state["best"] = {"iteration": iteration, "accuracy": greedy["accuracy"], chosen_by: greedy[chosen_by]}
-        finish_iteration(record, state, began, args)
-        if iteration % args.save_every == 0 or iteration == args.iterations or STOP:
-            save_run(args, state, modules, optimizer)
-            leave_if_stopped(args)
-
-    # the checkpoint that was best on the dev split, tested once; and the last one
-    if state["phase"] == "train":
-        best, last = load_checkpoint(out / "model")[0].to(args.device), evaluate(policy, test, tokenizer, args)
-        state["after"] = evaluate(best, test, tokenizer, args)
-        state["after"] |= {f"last_{name}": last[name] for name in ("t1", "t2", "delta", "i->c", "c->i")}
-        state["after"] |= fixed_and_own(best, ref, test, tokenizer, args)
-        if args.vote_k:
-            state["after"] |= vote_curves(best, test, tokenizer, args)
-        write_log(args, state, {"event": "end", "best_iteration": state["best"]["iteration"]} | state["after"])
-        write_summary(args, state, len(test))
-        plot_turns(args, state)
-        state["phase"] = "done"
-        save_run(args, state, modules, optimizer)
-    print("  " + ", ".join(f"{k} {v:.3f}" for k, v in state["after"].items() if k.startswith(("last", "fixed", "own", "vote"))))
-    print(f"{args.method}: t2 {state['before']['t2']:.3f} -> {state['after']['t2']:.3f} (iteration {state['best']['iteration']}) "
-          f"{two_rates(state['after'])} on {len(test)} test problems; {out}")
-
-
-def comments():
-    """{field of Args: the comment behind it}, the help texts."""
-    return dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Args), re.M))
-
-
-def fail(message):
-    """One line on stderr, exit status 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+def fail(message, status=2):
+    """One line on stderr, and the exit status."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def parse_args(argv=None):
-    """Args from the command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, texts = fail, comments()
+    """Args from the command line, a flag for each with the comment behind it as its help; checked."""
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"error: {message}")
+    texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Args), re.M))
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
+        kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
         text = texts[f.name].replace("%", "%%") + ("" if f.default == "" else f" (default: {f.default})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
@@ -1472,36 +1325,36 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """InputError for impossible values."""
-    for name, allowed in CHOICES.items():
-        if getattr(args, name) not in allowed:
-            raise InputError(f"--{name} {getattr(args, name)}: choose from {', '.join(allowed)}")
-    at_least = {"seed": 0, "warmup_epochs": 0, "iterations": 0, "vote_k": 0}
+    """InputError for values that are impossible in any of the scripts."""
+    nothing, shape = not args.model, f"--n-embd {args.n_embd} --n-head {args.n_head}"
+    conflicts = {"--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+                 "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
+                 "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--operations-low is above --operations-high": args.operations_low > args.operations_high,
+                 "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}
     for f in fields(Args):
-        value = getattr(args, f.name)
-        if f.type is int and value < at_least.get(f.name, 1):
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be at least {at_least.get(f.name, 1)}")
-        if f.type is float and not 0 <= value < math.inf:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, not negative")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU")
-    if bool(args.train_data) != bool(args.eval_data):
-        raise InputError("--train-data and --eval-data go together")
-    if args.train_data and not args.model:
-        raise InputError("--train-data needs --model: the small vocabulary made here knows the built-in problems only")
-    if args.operations_low > args.operations_high:
-        raise InputError("--operations-low is above --operations-high")
-    if not args.model and not args.warmup_epochs:
-        raise InputError("--warmup-epochs 0 needs --model: a model from nothing has to be warmed up")
+        flag, value = f"--{f.name.replace('_', '-')}", getattr(args, f.name)
+        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        if f.type in (int, float) and not least <= value < math.inf:
+            raise InputError(f"{flag} {value}: must be a finite number, at least {least}")
+    for message, wrong in conflicts.items():
+        if wrong:
+            raise InputError(message)
+    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
+        raise InputError(f"{shape}: the width must be an even multiple of the number of heads")
+    if args.seed > 10 ** 12:
+        raise InputError(f"--seed {args.seed}: must be at most 10^12")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    for name in "stdout", "stderr":                                  # closed, not UTF-8, or a file to be read while it grows
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(parse_args())
     except InputError as error:
-        fail(error)
+        fail(f"error: {error}")
     except FloatingPointError as error:
-        print(f"{Path(__file__).name}: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail(f"stopped: {error}", 1)
+    except KeyboardInterrupt:
+        fail("stopped before there was anything to save", 130)
