@@ -151,7 +151,7 @@ def line_starts(text):
 def tokens_of_lines(problem, lines, tokenizer):
     """How many ids of a demonstration belong to its first `lines` lines. They end where the next begins, indentation included;
     a token across that place is left to the policy. Counted in the ids of the whole: the seam is the one the warm-up saw."""
-    text, count, length = problem["cot"], 0, 0
+    text, count, length = problem["cot"], 0, -len(tokenizer.space)   # Llama 2's ids begin with a space of their own
     end = len(text[:[*line_starts(text), len(text)][lines]].encode())
     for token in problem["response"]:
         length += len(tokenizer.token_bytes(token))
@@ -498,7 +498,7 @@ def encode_problem(problem, tokenizer, args):
     program = args.cot == "program"
     header = program_header(problem["question"]) if program else ""
     response = problem["cot"] if program else f"{problem['cot']}{ANSWER}{problem['answer']}"
-    return problem | {"prompt": tokenizer.encode(PROMPT.format(question=problem["question"]) + header), "header": header,
+    return problem | {"prompt": tokenizer.encode_prompt(PROMPT.format(question=problem["question"]) + header), "header": header,
                       "response": tokenizer.encode(response) + [tokenizer.eos_id]}
 
 
@@ -665,8 +665,8 @@ def read_problems(path, args):
 
 
 def load_problems(args):
-    """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files a
-    problem may name its split; else 10 % of the training questions, at most 500, become dev, a question asked twice on one side."""
+    """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, one asked twice on one side."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
@@ -676,12 +676,13 @@ def load_problems(args):
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)
     held_out = set(questions[:min(500, len(questions) // 10)])
-    split = lambda p: p.get("split") or ("dev" if p["question"] in held_out else "train")
+    named = {"train", "dev"} <= {p.get("split") for p in records}
+    split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
     test = [p for p in test if p.get("split") == "test"] or test
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
-    shared = len({p["question"] for p in test} & {p["question"] for p in records})
+    shared = len({p["question"] for p in test} & {p["question"] for p in train + dev})
     if shared:
         say(f"warning: {shared} questions of {args.eval_data} are in {args.train_data} as well: accuracy on them is no test")
     return train, dev[:args.eval_size], test[:args.eval_size]
@@ -709,7 +710,7 @@ def encode(problems, policy, tokenizer, args):
 def fits(problems, policy, args):
     """The problems; an InputError if one does not fit into the model's context."""
     for problem in problems:
-        length = len(problem["prompt"]) + max(len(problem["response"]), args.max_new_tokens)
+        length = len(problem["prompt"]) + max(len(problem["response"]), problem.get("room", args.max_new_tokens))
         if length > policy.config.max_len:
             raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with its response, "
                              f"the model's context holds {policy.config.max_len}")
@@ -810,8 +811,8 @@ def measures(data, answers):
 
 
 def means(found):
-    """The mean of each list."""
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    """The mean of each list; of a list of lists, place by place."""
+    return {name: torch.tensor(values, dtype=torch.float64).mean(0).tolist() for name, values in found.items()}
 
 
 def evaluate(policy, problems, tokenizer, args, temperature=0):

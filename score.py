@@ -33,6 +33,7 @@ paper, its loop (main), its baselines, and last what all four scripts have in co
 import argparse
 import atexit
 import copy
+import datetime
 import functools
 import hashlib
 import inspect
@@ -45,12 +46,17 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
+import symtable
 import sys
+import textwrap
 import time
 import unicodedata
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal, get_args
@@ -134,10 +140,11 @@ class Args:
         for message, wrong in conflicts.items():
             if wrong:
                 raise InputError(message)
+        if programs and not find_spec("pydantic_monty"):
+            raise InputError("programs run in pydantic-monty: pip install pydantic-monty")
 
 
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
-PROGRAM = 'def solution():\n    """{question}"""\n'         # for a rationale that is a program the prompt goes on with this
 ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
 TRIGGER = ANSWER                          # the last one in a response announces its answer
 
@@ -623,9 +630,11 @@ def parse_record(raw, args):
         raise InputError("a record needs a text `question`")
     if "answer_value" in raw:           # ReFT; its closing sentence gives way to ours, a program's first lines to the prompt's
         cot, answer = str(raw.get("answer_cot") or "").strip(), str(raw["answer_value"]).strip()
-        ours = HEADER if args.cot == "program" else r"\s*Therefore, the answer is <[^<>]*>\.?\s*$"
-        cot = re.sub(ours, "", cot, flags=re.S)
-    elif "####" in str(raw.get("answer")) and args.cot == "text":    # GSM8K
+        if args.cot == "text":
+            cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", cot)
+        elif cot and (cot := program_body(cot)) is None:
+            raise InputError("answer_cot holds no program with `def solution():`")
+    elif isinstance(raw.get("answer"), str) and "####" in raw["answer"] and args.cot == "text":          # GSM8K
         cot, _, answer = raw["answer"].rpartition("####")
         cot, answer = cot.strip(), re.sub(r",(?=\d{3}\b)", "", answer.strip())
     else:
@@ -646,11 +655,11 @@ def encode_problem(problem, tokenizer, args):
     before, again, refine = turns(args)
     again = refine if args.method == "self-refine" else again
     program = args.cot == "program"
-    header = PROGRAM.format(question=problem["question"]) if program else ""
+    header = program_header(problem["question"]) if program else ""
     prompt = (CODE_PROMPT if args.task == "code" else PROMPT).format(question=problem["question"])
     response = problem["cot"] if program or args.task == "code" else f"{problem['cot']}{ANSWER}{problem['answer']}"
     again = tokenizer.encode(again + header)
-    return problem | {"prompt": tokenizer.encode(before + prompt + header), "again": again, "header": header,
+    return problem | {"prompt": tokenizer.encode_prompt(before + prompt + header), "again": again, "header": header,
                       "response": tokenizer.encode(response) + [tokenizer.eos_id], "room": len(again) + 2 * args.max_new_tokens}
 
 
@@ -658,7 +667,7 @@ def read_answers(texts, problems, args):
     """The answer of each response: a number, None if there is none; with --task code a program's text. A response in words
     announces it after the last TRIGGER; a program of --cot program is run."""
     if args.task == "code":
-        return [read_program(text) for text in texts]
+        return [read_program(text, problem) for text, problem in zip(texts, problems)]
     if args.cot == "program":
         found = run_programs([problem["header"] + text for problem, text in zip(problems, texts)])
     else:
@@ -666,6 +675,19 @@ def read_answers(texts, problems, args):
         found = [text if args.strict else text and text.split("\n")[0] for text in found]   # strict: all that follows
     read = read_float if args.strict else read_number
     return [read(answer) if isinstance(answer, str) else answer for answer in found]
+
+
+def judged(problems, where, args):
+    """The problems without those whose own program fails here (Monty runs a part of Python: no heapq, no yield), named once."""
+    if args.cot == "text" and args.task == "math":
+        return problems
+    programs = [problem | {"header": program_header(problem["question"])} for problem in problems]
+    right = reward(read_answers([problem["cot"] for problem in problems], programs, args), problems, args) == 1
+    fails = [bool(problem["cot"]) and not runs for problem, runs in zip(problems, right.tolist())]
+    if any(fails):
+        names = [problem.get("task_id", problem["question"][:40]) for problem, fail in zip(problems, fails) if fail]
+        say(f"warning: {where}: {len(names)} problems are left out, whose own program fails here: {names}")
+    return [problem for problem, fail in zip(problems, fails) if not fail]
 
 
 def read_float(text):
@@ -676,91 +698,197 @@ def read_float(text):
 
 # ==== programs ================================================================================================================
 
-HEADER = r'^def solution\(\):\s*""".*?"""\n'                         # of a program in a data file, which gives way to PROGRAM
-from concurrent.futures import ThreadPoolExecutor
-from decimal import Decimal
-from pydantic_monty import Monty, MontyError, MontySyntaxError
+def program_header(question):
+    r"""A program's def line and docstring, the question: what every rollout is given. A backslash, a quote at the end, \""" and
+    what no source text may hold are escaped; any other question stands there as it is."""
+    escaped = re.sub(r'\\|"(?=""|\Z)', r"\\\g<0>", question)
+    escaped = re.sub(r"[\0\r\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", escaped)
+    return f'def solution():\n    """{escaped}"""\n'
+
+
+def program_body(program):
+    """What follows the def line and docstring of a demonstration, with what precedes them (imports, helpers) moved inside; None
+    if it has no `def solution()`. program_header(question) + program_body(program) computes what the program does."""
+    program = re.sub("\r\n?", "\n", program)
+    head = re.search(r'^def solution\(\)[^\n]*:[ \t]*\n(?:\s*("""|\'\'\')(?:\\.|[^\\])*?\1[ \t]*\n)?', program, re.M)
+    return head and textwrap.indent(program[:head.start()], "    ") + program[head.end():]
+
+
+LIMITS = {"max_feed_duration_secs": 3, "max_memory": 256 << 20, "max_total_sleep_secs": 0, "max_recursion_depth": 10_000}
+POLICY = {"random_start": {"seed": 0}, "datetime": datetime.datetime(2024, 1, 1)}            # the same value in each run
+STRING = {name: text for name, text in vars(string).items() if isinstance(text, str) and name[0] != "_"}    # Monty has none
+
+
 def run_programs(programs: list[str]) -> list[float | str | None]:
-    """What `solution()` returns in each program: a float for a real number, a str, None for all else and for failures.
+    """What `solution()` returns in each program: a float for a real number, a str of at most 1000 characters, None for all else
+    and for failures; InputError where programs cannot be run at all.
 
-    Programs are hostile text. They run in Monty, an interpreter of a subset of Python written in Rust, in worker processes: no
-    files, network, processes or C extensions; 3 s and 256 MB each. Nothing of them is even parsed in this process.
+    Programs are hostile text. They run in Monty, an interpreter of a subset of Python written in Rust, in worker processes without
+    files, network or environment; one that dies is replaced. Nothing of a program is parsed here, and only a short text comes back.
     """
-    def run(program):
-        with suppress(MontyError, OverflowError, IndexError), pool.checkout(limits=LIMITS, os_policy=POLICY) as session:
-            return run_program(program, session)
-
-    with Monty() as pool, ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(run, programs))
-
-
-LIMITS = {"max_feed_duration_secs": 3, "max_memory": 256 << 20, "max_total_sleep_secs": 0}
-POLICY = {"random_start": {"seed": 0}}                               # the same value in each run
-
-
-def run_program(program, session):
-    """The value of one program: its longest prefix of lines that parses. What fails after solution was defined is prose."""
-    lines, feed = ["import math", *program.split("\n")], functools.partial(session.feed_run, print_callback=lambda *_: None)
-    while True:
+    with ExitStack() as stack:
         try:
-            feed("\n".join(lines))
-            break
+            from pydantic_monty import Monty
+            pool = stack.enter_context(Monty())
+        except (ImportError, RuntimeError) as error:         # not installed, or its workers cannot be started
+            raise InputError(f"programs need pydantic-monty (pip install pydantic-monty): {error}") from None
+        threads = stack.enter_context(ThreadPoolExecutor(min(os.cpu_count() or 1, 8)))
+        return list(threads.map(functools.partial(run_program, pool), programs))
+
+
+def run_program(pool, program):
+    """The value of one program, in a session of its own."""
+    from pydantic_monty import ExternalModule, MontyCrashedError, MontyError
+    for _ in range(2):
+        with pool.checkout(limits=LIMITS, os_policy=POLICY, external_modules={"string": ExternalModule(STRING)}) as session:
+            try:
+                found = printed_value(session, program)
+                if found[0] in "'\"":                        # the repr of a str
+                    return found[1:]
+                number = float(found[1:])
+                return number if math.isfinite(number) else None
+            except MontyCrashedError as error:
+                if error.timed_out:
+                    return None                              # else once more: Ctrl-C in a terminal ends the workers, too
+            except (MontyError, RuntimeError, IndexError, ValueError):       # of the program; a lost session; not UTF-8; "[18]"
+                return None
+
+
+def printed_value(session, program):
+    """The first character of the repr of what solution() returns, then its str. A program is the longest prefix of lines that
+    parses, in which what fails once solution is defined counts as prose."""
+    from pydantic_monty import MontyRuntimeError, MontySyntaxError
+    feed = functools.partial(session.feed_run, print_callback=lambda *_: None)
+    lines = ["import math", *re.split("\r\n?|\n", program)]
+    deadline, done = time.monotonic() + 1, False             # a text may have thousands of wrong lines
+    while not done and time.monotonic() < deadline:
+        try:
+            done = True
+            feed("\n".join([*lines, "None"]))                # None: what the last line yields, however large, stays there
         except MontySyntaxError as error:
-            del lines[min(len(lines), error.traceback()[-1].line) - 1:]
-        except MontyError:
-            break
-    value = feed("solution()")
-    if isinstance(value, str):
-        return value[:1000]
-    return float(value) if type(value) in (int, float, Decimal) and math.isfinite(value) else None
+            done = False
+            del lines[min(len(lines), error.traceback()[-1].line) - 1:]      # no prefix that holds the wrong line parses
+        except MontyRuntimeError:
+            pass
+    return feed('value = solution()\nf"{value!r:.1}" + f"{value}"[:1000]') if time.monotonic() < deadline else "no time"
 
 
 # ==== programs that pass tests: MBPP and HumanEval ============================================================================
 
 def parse_code(raw, where):
-    """A record of MBPP or HumanEval as {"question", "cot": a right program, "setup": code before it, "tests": code after it}, of
-    MBPP with the "split" of its authors; an InputError names `where` it stands."""
-    texts = lambda *names: isinstance(raw, dict) and all(isinstance(raw.get(name), str) for name in names)
-    if texts("text", "code") and isinstance(raw.get("test_list"), list) and raw["test_list"]:
-        tests = "\n".join(map(str, raw["test_list"]))
-        question = f"{raw['text'].strip()}\nYour code should pass these tests:\n{tests}"
-        tests = f"{raw.get('test_setup_code') or ''}\n{tests}"                           # which may use what the program defines
+    """A record of MBPP (full or sanitized) or HumanEval as {"question", "cot": a right program, "setup": code before it, "tests":
+    code after it, "names": what the tests use of it, "task_id", "split": MBPP's authors'}; InputError for any other form."""
+    given = {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else {}
+    raw = {"test_list": [], "test_imports": [], "test_setup_code": ""} | given
+    has = lambda *names: all(isinstance(raw.get(name), str) for name in names)
+    lists = lambda *names: all(isinstance(raw[name], list) and all(isinstance(text, str) for text in raw[name]) for name in names)
+    text = "text" if "text" in raw else "prompt"
+    if has(text, "code", "test_setup_code") and lists("test_list", "test_imports") and raw["test_list"]:
+        tests = "\n".join(raw["test_list"])
+        question = f"{raw[text].strip()}\nYour code should pass these tests:\n{tests}"
         setup, program = "", raw["code"]
-    elif texts("prompt", "canonical_solution", "test", "entry_point") and f"def {raw['entry_point']}(" in raw["prompt"]:
+        tests = "\n".join([*raw["test_imports"], raw["test_setup_code"], tests])         # which may use what the program defines
+    elif has("prompt", "canonical_solution", "test", "entry_point") and f"def {raw['entry_point']}(" in raw["prompt"]:
         setup = raw["prompt"][:raw["prompt"].rindex(f"def {raw['entry_point']}(")]       # imports, and functions it builds on
         question, program = raw["prompt"].strip(), raw["prompt"] + raw["canonical_solution"]
         tests = f"{raw['test']}\ncheck({raw['entry_point']})"
     else:
-        raise InputError(f"{where}: neither MBPP's form (text, code, test_list) nor HumanEval's "
+        raise InputError(f"{where}: neither MBPP's form (text or prompt, code, test_list) nor HumanEval's "
                          "(prompt, canonical_solution, test, entry_point)")
-    problem = {"question": question, "cot": program.strip(), "setup": setup, "tests": tests}
-    problem = {name: text.replace("\r\n", "\n") for name, text in problem.items()}
-    number = raw.get("task_id")
+    record = {"question": question, "cot": program.strip(), "setup": setup, "tests": tests}
+    record = {k: v.replace("\r\n", "\n") for k, v in record.items()}
+    number = raw.get("task_id", where)
     split = ("prompt", "test", "dev", "train")[sum(number >= first for first in (11, 511, 601))] if type(number) is int else None
-    return problem | {"split": split}
+    return record | {"names": names_used(record["cot"], record["tests"]), "task_id": number, "split": split}
 
 
-def read_program(text):
-    """The program in a response: its last fenced block, or all of it; None if it is empty."""
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|$)", text, re.S)
-    return (blocks[-1] if blocks else text).strip("\n") or None
+def names_used(program, tests):
+    """The names that a program of the data binds at its top level and its tests mention; none if it does not parse."""
+    with suppress(SyntaxError, ValueError):
+        symbols = symtable.symtable(program, "program", "exec").get_symbols()
+        return sorted({symbol.get_name() for symbol in symbols if symbol.is_assigned()} & set(re.findall(r"\w+", tests)))
+    return []
 
 
-def with_tests(program, problem, key):
-    """A text for run_programs: its solution() returns key if all tests pass. The tests come last, so that no definition of the
-    program replaces them, and see the program's own `solution` if it has one; a key that no program knows, since in a text that
-    does not parse to its end that one would be called."""
-    tests = "".join(f"    {line}\n" for line in problem["tests"].split("\n"))
-    return f"{problem['setup']}\n{program}\n\ndef solution(solution=globals().get(\"solution\")):\n{tests}    return {key!r}\n"
+CODE = re.compile(r"""[ \t]*(?:[#@"'(\[]|try:|(?:async|class|def|for|from|if|import|while|with) |\w[\w.,: \[\]]*=|\w+\()""")
+
+
+def unindented(line, width):
+    """The line without its first `width` blanks, or without all of them if it has fewer."""
+    return line[min(width, len(line) - len(line.lstrip())):]
+
+
+def fenced_blocks(lines):
+    """The fenced blocks of a text in Markdown, each a list of lines, without the indentation of the fence. The last one may lack
+    its end; a fence may stand behind prose, and its end behind code."""
+    blocks, fence, width = [], "", 0
+    for line in lines:
+        parts = re.split("(`{3,}|~{3,})", line, maxsplit=1)
+        before, ticks, info = parts if len(parts) == 3 and "`" not in parts[0] + parts[2] else (line, "", "")
+        if not fence:
+            if ticks and (not before.strip() or ticks[0] == "`" and re.fullmatch(r"\w*\s*", info)):
+                fence, width = ticks, 0 if before.strip() else len(before)
+                blocks.append([])
+        elif ticks.startswith(fence) and not info.strip() and (before.strip() or len(before) < width + 4):
+            blocks[-1].append(unindented(before, width))
+            fence = ""                                       # one alone and indented further belongs to a docstring
+        else:
+            blocks[-1].append(unindented(line, width))
+    return blocks
+
+
+def read_program(text, problem=None):
+    """The program in a response: the last fenced block that defines what the problem's tests use (anything, without a problem), or
+    else the last block; without a fence all of it from the first line that looks like code. None if it is empty."""
+    lines = re.split("\r\n?|\n", text)
+    blocks = fenced_blocks(lines)
+    if not blocks:
+        lines = lines[next((i for i, line in enumerate(lines) if CODE.match(line)), 0):]
+        blocks = [[unindented(line, len(lines[0]) - len(lines[0].lstrip())) for line in lines]]
+    names = "|".join(problem["names"]) if problem and problem["names"] else r"\w+"
+    defines = re.compile(rf"^(?:(?:async )?def|class) +(?:{names})\b|^(?:{names})\b[^=\n]*=[^=]", re.M)
+    blocks = ["\n".join(block).strip("\n") for block in blocks]
+    return ([block for block in blocks if defines.search(block)] or blocks)[-1] or None
+
+
+WITH_TESTS = '''
+setup, program, tests, names = {texts!r}
+space, lines = {{"__name__": "program"}}, program.split("\\n")
+exec(setup, space)
+while lines:
+    try:
+        exec("\\n".join(lines), space)
+        break
+    except SyntaxError:
+        lines.pop()
+    except BaseException:
+        break
+
+def solution():
+    scope = {{name: space[name] for name in names if name in space}}
+    exec(setup, scope)
+    exec(tests, scope)
+    return 1.0
+'''
+HOOKS = re.compile(r"__(?!(?:init|call|str|repr|len|iter|next|getitem|name|main|doc|future)__)\w+__")
+
+
+def with_tests(program, problem):
+    """A text for run_programs: its solution() returns 1 if all tests pass. Program and tests have globals of their own, so that no
+    definition of the program replaces a name of the tests but those they ask it for. The program is the longest prefix of its lines
+    that parses; where it fails at its top level, what it had defined by then is tested."""
+    program = re.sub(r"\bfrom sys import setrecursionlimit\b", "setrecursionlimit = int", program)
+    program = re.sub(r"\bsys\.setrecursionlimit\b", "int", program)                         # Monty's sys has none
+    return WITH_TESTS.format(texts=(problem["setup"], program, problem["tests"], problem["names"]))
 
 
 def passes(programs, problems):
-    """(B,) 1.0 for a program that passes all tests of its problem; equal pairs are run once."""
-    key = random.SystemRandom().uniform(1, 2)
-    texts = [None if program is None else with_tests(program, problem, key) for program, problem in zip(programs, problems)]
+    """(B,) 1.0 for a program that passes all tests of its problem; equal pairs are run once. One with methods such as __eq__ does
+    not: they would compare as they like."""
+    texts = [program and not HOOKS.search(program) and with_tests(program, problem) for program, problem in zip(programs, problems)]
     distinct = [text for text in dict.fromkeys(texts) if text]
     values = dict(zip(distinct, run_programs(distinct)))
-    return torch.tensor([float(values.get(text) == key) for text in texts])
+    return torch.tensor([float(values.get(text) == 1) for text in texts])
 
 
 # ==== the same in all four scripts from here on: problems =====================================================================
@@ -808,7 +936,7 @@ def read_problems(path, args):
             problems.append(parse_record(record, args))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-    return problems
+    return judged(problems, path, args)
 
 
 def load_problems(args):
@@ -1162,13 +1290,13 @@ def open_run(args):
             raise InputError(f"{out}: what --{name.replace('_', '-')} {getattr(args, name)} holds has changed since the run began")
     else:
         write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
         raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     return state
 
 
