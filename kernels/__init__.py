@@ -46,7 +46,8 @@ def use_triton(x):
 
 
 FILES = {"token_logprobs": "logprob", "token_kl": "kl",
-         "linear_logprobs": "linear", "linear_kl": "linear", "linear_stats": "linear"}
+         "linear_logprobs": "linear", "linear_kl": "linear", "linear_stats": "linear",
+         "sample_tokens": "sample"}
 
 
 def __getattr__(name):                              # on first use, so that `python -m kernels.kl` loads kl.py once
