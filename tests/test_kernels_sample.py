@@ -70,8 +70,10 @@ def test_tokens_are_the_reference_s(monkeypatch, V, N, block):
     """Whatever the block, which is only larger here so that the interpreter takes fewer steps."""
     monkeypatch.setattr(kernels, "PATH", "triton")
     monkeypatch.setattr(sample, "BLOCK", block)
-    for kind, seed in (("normal", 1), ("peaks", -2), ("negative", 2 ** 40 + 3)):
-        z, seed, step = LOGITS[kind](normal(N, V)), number(seed), torch.arange(N, device=DEVICE) + 2 ** 20
+    slope = torch.linspace(0, 30, V, device=DEVICE)                             # every block and slice far above the last
+    for kind, seed in (("normal", 1), ("peaks", -2), ("slope", 2 ** 40 + 3)):
+        z, seed, step = normal(N, V), number(seed), torch.arange(N, device=DEVICE) + 2 ** 20
+        z = z + slope if kind == "slope" else LOGITS[kind](z)
         token, logprob, finite = sample_tokens(z, seed, step)
         expected, exact, _ = sample_reference(z, seed, step, torch.arange(N, device=DEVICE), False)
         assert torch.equal(token, expected) and finite.all()
@@ -82,8 +84,8 @@ def test_tokens_are_the_reference_s(monkeypatch, V, N, block):
 
 def test_greedy(path, monkeypatch):  # noqa: F811
     """The first of the largest, also where many are equal."""
-    monkeypatch.setattr(sample, "BLOCK", 4096)
-    for V in (37, 5003, 16385):
+    for V, block in ((37, 256), (5003, 256), (16385, 4096)):
+        monkeypatch.setattr(sample, "BLOCK", block)
         z = normal(4, V).round()
         z[3] = 0
         token, logprob, finite = sample_tokens(z, number(0), number(0), greedy=True)
