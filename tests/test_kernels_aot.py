@@ -30,6 +30,12 @@ class Case:
     dtypes: tuple = "bf16", "fp32"  # of logits
 
 
+def attention(D, group, **absent):
+    """Of 8 key heads. An element is one of the cache; 128 registers leave room for four programs on a processor."""
+    sizes = dict(K=8, GROUP=group, D=D, EPS=1e-6, SCALE=0.18, HEADS=16, WIDE=1 << (D - 1).bit_length(), BLOCK=64)
+    return Case("decode", "attention_kernel", sizes | absent, 2 * 64 * D, 5, 4, 128, ("bf16",))
+
+
 CASES = {
     "logprob forward": Case("logprob", "forward_kernel", dict(BLOCK=2048, Q=4), 8192, 12),
     "logprob backward": Case("logprob", "backward_kernel", dict(BLOCK=4096), 4096, 18),
@@ -38,13 +44,20 @@ CASES = {
     "both backward": Case("kl", "backward_kernel", dict(BLOCK=4096, LOGPROBS=True), 4096, 24),
     "sample": Case("sample", "slice_kernel", dict(GREEDY=False, SLICE=16384, BLOCK=256), 1024, 53, 4, 80, ("fp32",)),
     "sample greedily": Case("sample", "slice_kernel", dict(GREEDY=True, SLICE=16384, BLOCK=256), 1024, 14, 4, dtypes=("fp32",)),
+    "attention, no norm": attention(64, 7, q_norm_ptr=None, k_norm_ptr=None),
+    "attention, norm, D = 128": attention(128, 2),
+    "attention, D = 80, no rotation": attention(80, 1, q_norm_ptr=None, k_norm_ptr=None, cos_ptr=None, sin_ptr=None),
+    "add, root-mean-square norm": Case("decode", "add_norm_kernel", dict(EPS=1e-6, BLOCK=2048, bias_ptr=None), 0, 0, 4, dtypes=("bf16",)),
+    "add, layer norm": Case("decode", "add_norm_kernel", dict(EPS=1e-5, BLOCK=1024), 0, 0, 4, dtypes=("bf16",)),
+    "activation": Case("decode", "activation_kernel", dict(GATED=True, BLOCK=1024), 0, 0, 4, dtypes=("bf16",)),
     "sample join": Case("sample", "join_kernel", dict(GREEDY=False, BLOCK=16), 0, 0, 1, dtypes=("fp32",)),      # no loop
 }
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
 FP64 = "DADD", "DMUL", "DFMA", "DSETP"
 POINTERS = dict(dz_ptr="bf16", y_ptr="i64", seed_ptr="i64", step_ptr="i64", row_ptr="i64", winner_ptr="i64",
-                token_ptr="i64", finite_ptr="i1")       # and logits; the others float32
+                token_ptr="i64", finite_ptr="i1", length_ptr="i64", alive_ptr="i1",
+                **dict.fromkeys(("qkv_ptr", "keys_ptr", "values_ptr", "delta_ptr", "h_ptr", "out_ptr"), "bf16"))
 
 
 def variants():
@@ -57,7 +70,7 @@ def variants():
 
 def compile_for(kernel, constants, logits, target, warps):
     import triton
-    pointers = POINTERS | dict(z_ptr=logits, r_ptr=logits)
+    pointers = POINTERS | dict(z_ptr=logits, r_ptr=logits)                              # the others float32
     types = {n: "constexpr" if n in constants else "*" + pointers.get(n, "fp32") if n.endswith("_ptr") else "i32"
              for n in kernel.arg_names}
     index = kernel.arg_names.index
@@ -86,7 +99,8 @@ def inspect(compiled):
             if m[1] == "BRA" and jump and jump[0] in labels:
                 loop = max(loop, len(opcodes) - labels[jump[0]])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
-    return dict(registers=registers, stack=stack, fp64=sum(o in FP64 for o in opcodes), loop=loop)
+    return dict(registers=registers, stack=stack, fp64=sum(o in FP64 for o in opcodes), loop=loop,
+                tensor_cores="HMMA" in opcodes)
 
 
 def main():
@@ -126,6 +140,7 @@ def test_machine_code(found, case):
         print(f"\n{case} {target} {logits}: {code['registers']} registers, {code['instructions']:.1f} an element")
         assert code["stack"] == 0 and code["fp64"] == 0 and code["registers"] <= c.registers
         assert code["loop"] > 1 or not c.elements
+        assert code["tensor_cores"] == case.startswith("attention")
         assert code["instructions"] <= (c.ceiling if target == "sm_90" else 1.15 * c.ceiling)
 
 
