@@ -62,7 +62,7 @@ def exponential(r):
     near = r < 0x55555555
     x = tl.where(near, r, ~r).to(tl.float32) * 2.0 ** -32 + 2.0 ** -33      # u or 1 - u
     bits = x.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F2AAAAB) & -0x800000                                        # the exponent, counted from 2/3
+    k = (bits - 0x3F2AAAAB) & -0x800000                                 # the exponent, counted from 2/3
     t = tl.where(near, -x, (bits - k).to(tl.float32, bitcast=True) - 1)
     k = tl.where(near, 0, k).to(tl.float32) * 2.0 ** -23
     series = -0.360783726 + t * (0.285582036 + t * (-0.236891791 + t * (0.246862173 + t * -0.221680015)))
@@ -177,7 +177,8 @@ def launch(out, logits, seed, step, row, greedy, work):
         if N:
             slice_kernel[(N, S)](logits, seed, step, row, *work, logits.stride(0), step.stride(0), V,
                                  GREEDY=greedy, SLICE=SLICE, BLOCK=BLOCK, num_warps=4)
-            join_kernel[(N,)](logits, *work, *out, logits.stride(0), V, S, GREEDY=greedy, BLOCK=triton.next_power_of_2(S), num_warps=1)
+            join_kernel[(N,)](logits, *work, *out, logits.stride(0), V, S, GREEDY=greedy,
+                              BLOCK=triton.next_power_of_2(S), num_warps=1)
 
 
 def draw(logits: Tensor, seed: Tensor, step: Tensor, row: Tensor, greedy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +202,9 @@ def sample_tokens(logits, seed, step, row=None, greedy=False):
     logits (N, V) float32; seed () int64; step () or (N,) int64; row (N,) int64, the number of each row in the stream of
     random words, 0 ... N-1 if not given -> token (N,) int64, logprob (N,) float32, finite (N,) bool: False if any logit
     of the row is NaN or infinite. The same seed, step and row draw the same; so a row's text depends on no other row if
-    `step` is its position. A tensor that a recorded graph reads, seed, step or row, may change between replays.
+    `step` is its position. A tensor that a recorded graph reads, seed, step or row, may change between replays. For
+    another temperature give logits / temperature: logprob is then that distribution's too. On a CPU this is the
+    reference, exact and slow.
     """
     row = torch.arange(len(logits), device=logits.device) if row is None else row
     if logits.ndim != 2 or logits.dtype != torch.float32:

@@ -660,7 +660,8 @@ def test_compile_does_not_break_the_graph(path, tiny_tiles):
 def test_only_block_sizes_and_flags_are_constexpr():
     """A length that is constexpr compiles again for every new length."""
     for kernel in (logprob.forward_kernel, logprob.backward_kernel, kl.forward_kernel, kl.backward_kernel,
-                   sample.slice_kernel, sample.join_kernel, decode.attention_kernel, decode.add_norm_kernel, decode.activation_kernel):
+                   sample.slice_kernel, sample.join_kernel, decode.attention_kernel, decode.add_norm_kernel,
+                   decode.activation_kernel):
         constants = {name for name, p in inspect.signature(kernel.fn).parameters.items() if p.annotation is not p.empty}
         of_a_model = {"K", "GROUP", "D", "EPS", "SCALE", "HEADS", "WIDE"} if kernel.fn.__module__ == "kernels.decode" else set()
         assert constants <= {"BLOCK", "SLICE", "Q", "LOGPROBS", "GREEDY", "GATED"} | of_a_model

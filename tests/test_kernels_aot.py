@@ -47,7 +47,8 @@ CASES = {
     "attention, no norm": attention(64, 7, q_norm_ptr=None, k_norm_ptr=None),
     "attention, norm, D = 128": attention(128, 2),
     "attention, D = 80, no rotation": attention(80, 1, q_norm_ptr=None, k_norm_ptr=None, cos_ptr=None, sin_ptr=None),
-    "add, root-mean-square norm": Case("decode", "add_norm_kernel", dict(EPS=1e-6, BLOCK=2048, bias_ptr=None), 0, 0, 4, dtypes=("bf16",)),
+    "add, root-mean-square norm": Case("decode", "add_norm_kernel", dict(EPS=1e-6, BLOCK=2048, bias_ptr=None), 0, 0, 4,
+                                       dtypes=("bf16",)),
     "add, layer norm": Case("decode", "add_norm_kernel", dict(EPS=1e-5, BLOCK=1024), 0, 0, 4, dtypes=("bf16",)),
     "activation": Case("decode", "activation_kernel", dict(GATED=True, BLOCK=1024), 0, 0, 4, dtypes=("bf16",)),
     "sample join": Case("sample", "join_kernel", dict(GREEDY=False, BLOCK=16), 0, 0, 1, dtypes=("fp32",)),      # no loop

@@ -184,7 +184,8 @@ def test_bad_arguments(path):  # noqa: F811
         with pytest.raises(ValueError, match="decode_attention: "):
             decode_attention(*args, *more)
     x, weight = normal(3, 8), normal(8)
-    for args in ((x.double(), None, weight, None), (x, x[:, 1:], weight, None), (x, None, weight[1:], None), (x, None, weight, weight[1:])):
+    for args in ((x.double(), None, weight, None), (x, x[:, 1:], weight, None), (x, None, weight[1:], None),
+                 (x, None, weight, weight[1:])):
         with pytest.raises(ValueError, match="add_norm: "):
             add_norm(*args, 1e-5, torch.float32)
 
