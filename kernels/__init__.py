@@ -1,10 +1,15 @@
-"""Log-probability, entropy and exact KL per token, from logits or through the vocabulary head a tile at a time.
+"""Log-probability, entropy and exact KL per token, from logits or through the vocabulary head a tile at a time; the next
+token; what lies between the matrix products of a decoding step.
 
     token_logprobs(logits, targets)                             -> logprobs, entropy
     token_kl(logits, ref_logits)                                -> kl
     linear_logprobs(hidden, weight, targets)                    -> logprobs, entropy
     linear_kl(hidden, weight, ref_hidden, ref_weight)           -> kl
     linear_stats(hidden, weight, targets, ref_hidden, ref_weight) -> logprobs, entropy, kl, ref_logprobs   all in one pass
+    sample_tokens(logits, seed, step)                           -> token, logprob, finite
+    decode_attention(qkv, cache, lengths, alive, ...)           -> y          the cache gets the new keys and values
+    add_norm(x, delta, weight, bias, eps, dtype)                -> x + delta, its norm
+    activation(h, gated)                                        -> silu(gate) * up, or gelu(h)
 
 CPU tensors take plain torch; CUDA tensors take Triton and nothing else. The environment variable KERNELS=torch or
 KERNELS=triton, read at import, forces one path on any device: Triton on a CPU is its interpreter, slow, for tests.
@@ -46,7 +51,8 @@ def use_triton(x):
 
 
 FILES = {"token_logprobs": "logprob", "token_kl": "kl",
-         "linear_logprobs": "linear", "linear_kl": "linear", "linear_stats": "linear"}
+         "linear_logprobs": "linear", "linear_kl": "linear", "linear_stats": "linear",
+         "sample_tokens": "sample", "decode_attention": "decode", "add_norm": "decode", "activation": "decode"}
 
 
 def __getattr__(name):                              # on first use, so that `python -m kernels.kl` loads kl.py once

@@ -79,7 +79,8 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)                     # int64: row * stride overflows int32
     z_ptr += row * z_stride
     r_ptr += row * r_stride
-    (M, log2S, floor), (ref_M, ref_log2S, ref_floor) = load_stats(stats_ptr, row), load_stats(ref_stats_ptr, row)
+    M, log2S, floor = load_stats(stats_ptr, row)
+    ref_M, ref_log2S, ref_floor = load_stats(ref_stats_ptr, row)
     c = (M - ref_M) + (log2S - ref_log2S) * LN2
     kl = tl.zeros((BLOCK,), tl.float32)
     mean_d = tl.zeros((BLOCK,), tl.float32)
@@ -120,7 +121,8 @@ def backward_kernel(
     z_ptr += row * z_stride
     r_ptr += row * r_stride
     dz_ptr += row * V
-    (M, log2S, floor), (ref_M, ref_log2S, ref_floor) = load_stats(stats_ptr, row), load_stats(ref_stats_ptr, row)
+    M, log2S, floor = load_stats(stats_ptr, row)
+    ref_M, ref_log2S, ref_floor = load_stats(ref_stats_ptr, row)
     c = (M - ref_M) + (log2S - ref_log2S) * LN2
     mean_d = tl.load(mean_d_ptr + row)                      # not the KL: with it a row of dz would not sum to 0
     g_kl = tl.where(floor == 0, 0.0, tl.load(g_kl_ptr + row))           # the policy's logits are all -inf: no gradient

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels import bench, kl, linear, linear_kl, linear_logprobs, linear_stats, logprob, token_kl, token_logprobs
+from kernels import (bench, decode, kl, linear, linear_kl, linear_logprobs, linear_stats, logprob, sample, token_kl,
+                     token_logprobs)
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")     # numpy in the interpreter
 
@@ -461,6 +462,13 @@ class PeakMemory(TorchDispatchMode):
         self.live -= nbytes
 
 
+class NoKernel:
+    """Stands for a kernel where only the tensors around it matter."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
 GiB = 2 ** 30
 
 
@@ -470,10 +478,6 @@ GiB = 2 ** 30
 def test_peak_memory_of_the_head(monkeypatch, reference, weights):
     """N = 8192, V = 151936, D = 1536 on the meta device: all tensors and products of both passes, no arithmetic."""
     N, V, D, work = 8192, 151936, 1536, []
-
-    class NoKernel:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: None
 
     def product(a, b, out=None, add=False):                                 # CUDA's: the operands as they are
         work.append(a.shape[0] * a.shape[1] * b.shape[1] / (N * V * D))
@@ -655,9 +659,12 @@ def test_compile_does_not_break_the_graph(path, tiny_tiles):
 @needs_triton
 def test_only_block_sizes_and_flags_are_constexpr():
     """A length that is constexpr compiles again for every new length."""
-    for kernel in (logprob.forward_kernel, logprob.backward_kernel, kl.forward_kernel, kl.backward_kernel):
+    for kernel in (logprob.forward_kernel, logprob.backward_kernel, kl.forward_kernel, kl.backward_kernel,
+                   sample.slice_kernel, sample.join_kernel, decode.attention_kernel, decode.add_norm_kernel,
+                   decode.activation_kernel):
         constants = {name for name, p in inspect.signature(kernel.fn).parameters.items() if p.annotation is not p.empty}
-        assert constants <= {"BLOCK", "Q", "LOGPROBS"}
+        of_a_model = {"K", "GROUP", "D", "EPS", "SCALE", "HEADS", "WIDE"} if kernel.fn.__module__ == "kernels.decode" else set()
+        assert constants <= {"BLOCK", "SLICE", "Q", "LOGPROBS", "GREEDY", "GATED"} | of_a_model
 
 
 PROGRAM = """

@@ -9,35 +9,76 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 ABSENT = dict.fromkeys(("y_ptr", "entropy_ptr", "g_logprob_ptr", "g_entropy_ptr"))      # None: a KL without log-probs
-CASES = {   # file, kernel, constants as launched, ceiling of instructions an element on an sm_90
-    "logprob forward": ("logprob", "forward_kernel", dict(BLOCK=2048, Q=4), 12),
-    "logprob backward": ("logprob", "backward_kernel", dict(BLOCK=4096), 18),
-    "kl forward": ("kl", "forward_kernel", dict(BLOCK=2048), 28),
-    "kl backward": ("kl", "backward_kernel", dict(BLOCK=4096, LOGPROBS=False, **ABSENT), 18),
-    "both backward": ("kl", "backward_kernel", dict(BLOCK=4096, LOGPROBS=True), 24),
+
+
+@dataclass
+class Case:
+    file: str
+    kernel: str
+    constants: dict                 # as launched
+    elements: int                   # of an iteration of the loop
+    ceiling: float                  # of instructions an element on an sm_90
+    warps: int = 8
+    registers: int = 64
+    dtypes: tuple = "bf16", "fp32"  # of logits
+
+
+def attention(D, group, **absent):
+    """Of 8 key heads. An element is one of the cache; 128 registers leave room for four programs on a processor."""
+    sizes = dict(K=8, GROUP=group, D=D, EPS=1e-6, SCALE=0.18, HEADS=16, WIDE=1 << (D - 1).bit_length(), BLOCK=64)
+    return Case("decode", "attention_kernel", sizes | absent, 2 * 64 * D, 5, 4, 128, ("bf16",))
+
+
+CASES = {
+    "logprob forward": Case("logprob", "forward_kernel", dict(BLOCK=2048, Q=4), 8192, 12),
+    "logprob backward": Case("logprob", "backward_kernel", dict(BLOCK=4096), 4096, 18),
+    "kl forward": Case("kl", "forward_kernel", dict(BLOCK=2048), 2048, 28),
+    "kl backward": Case("kl", "backward_kernel", dict(BLOCK=4096, LOGPROBS=False, **ABSENT), 4096, 18),
+    "both backward": Case("kl", "backward_kernel", dict(BLOCK=4096, LOGPROBS=True), 4096, 24),
+    "sample": Case("sample", "slice_kernel", dict(GREEDY=False, SLICE=16384, BLOCK=256), 1024, 53, 4, 80, ("fp32",)),
+    "sample greedily": Case("sample", "slice_kernel", dict(GREEDY=True, SLICE=16384, BLOCK=256), 1024, 14, 4, dtypes=("fp32",)),
+    "attention, no norm": attention(64, 7, q_norm_ptr=None, k_norm_ptr=None),
+    "attention, norm, D = 128": attention(128, 2),
+    "attention, D = 80, no rotation": attention(80, 1, q_norm_ptr=None, k_norm_ptr=None, cos_ptr=None, sin_ptr=None),
+    "add, root-mean-square norm": Case("decode", "add_norm_kernel", dict(EPS=1e-6, BLOCK=2048, bias_ptr=None), 0, 0, 4,
+                                       dtypes=("bf16",)),
+    "add, layer norm": Case("decode", "add_norm_kernel", dict(EPS=1e-5, BLOCK=1024), 0, 0, 4, dtypes=("bf16",)),
+    "activation": Case("decode", "activation_kernel", dict(GATED=True, BLOCK=1024), 0, 0, 4, dtypes=("bf16",)),
+    "sample join": Case("sample", "join_kernel", dict(GREEDY=False, BLOCK=16), 0, 0, 1, dtypes=("fp32",)),      # no loop
 }
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
 FP64 = "DADD", "DMUL", "DFMA", "DSETP"
-WARPS = 8
+POINTERS = dict(dz_ptr="bf16", y_ptr="i64", seed_ptr="i64", step_ptr="i64", row_ptr="i64", winner_ptr="i64",
+                token_ptr="i64", finite_ptr="i1", length_ptr="i64", alive_ptr="i1",
+                **dict.fromkeys(("qkv_ptr", "keys_ptr", "values_ptr", "delta_ptr", "h_ptr", "out_ptr"), "bf16"))
 
 
-def compile_for(kernel, constants, logits, target):
+def variants():
+    """Case, target and type of the logits of all that is compiled."""
+    for case, c in CASES.items():
+        for target in TARGETS:
+            for logits in c.dtypes if target == "sm_90" else c.dtypes[:1]:
+                yield case, target, logits
+
+
+def compile_for(kernel, constants, logits, target, warps):
     import triton
-    pointers = dict(z_ptr=logits, r_ptr=logits, dz_ptr="bf16", y_ptr="i64")             # the others float32
+    pointers = POINTERS | dict(z_ptr=logits, r_ptr=logits)                              # the others float32
     types = {n: "constexpr" if n in constants else "*" + pointers.get(n, "fp32") if n.endswith("_ptr") else "i32"
              for n in kernel.arg_names}
     index = kernel.arg_names.index
     source = triton.compiler.ASTSource(
         fn=kernel, signature=types, constexprs={(index(n),): value for n, value in constants.items()},
         attrs={(index(n),): [["tt.divisibility", 16]] for n in types if n not in constants})        # aligned arguments
-    return triton.compile(source, target=triton.backends.compiler.GPUTarget(*target), options=dict(num_warps=WARPS))
+    return triton.compile(source, target=triton.backends.compiler.GPUTarget(*target), options=dict(num_warps=warps))
 
 
 def inspect(compiled):
@@ -59,24 +100,24 @@ def inspect(compiled):
             if m[1] == "BRA" and jump and jump[0] in labels:
                 loop = max(loop, len(opcodes) - labels[jump[0]])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
-    return dict(registers=registers, stack=stack, fp64=sum(o in FP64 for o in opcodes), loop=loop)
+    return dict(registers=registers, stack=stack, fp64=sum(o in FP64 for o in opcodes), loop=loop,
+                tensor_cores="HMMA" in opcodes)
 
 
 def main():
     sys.path.insert(0, str(ROOT))
     import importlib
     found = {}
-    for case, (file, name, constants, _) in CASES.items():
-        kernel = getattr(importlib.import_module(f"kernels.{file}"), name)
-        for target, triple in TARGETS.items():
-            for logits in ("bf16", "fp32") if target == "sm_90" else ("bf16",):
-                compiled = compile_for(kernel, constants, logits, triple)
-                if triple[0] == "hip":
-                    found[f"{case} {target}"] = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-                    continue
-                result = inspect(compiled)
-                elements = constants["BLOCK"] * constants.get("Q", 1)
-                found[f"{case} {target} {logits}"] = result | dict(instructions=result["loop"] * WARPS * 32 / elements)
+    for case, target, logits in variants():
+        c = CASES[case]
+        kernel = getattr(importlib.import_module(f"kernels.{c.file}"), c.kernel)
+        compiled = compile_for(kernel, c.constants, logits, TARGETS[target], c.warps)
+        if TARGETS[target][0] == "hip":
+            code = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        else:
+            code = inspect(compiled)
+            code["instructions"] = code["loop"] * c.warps * 32 / c.elements if c.elements else 0
+        found[f"{case} {target} {logits}"] = code
     print(json.dumps(found))
 
 
@@ -91,21 +132,22 @@ def found():
 
 @pytest.mark.parametrize("case", CASES)
 def test_machine_code(found, case):
-    *_, ceiling = CASES[case]
-    for target in TARGETS:
-        for logits in ("bf16", "fp32") if target == "sm_90" else ("bf16",):
-            if target == "gfx942":
-                assert found[f"{case} {target}"] and set(found[f"{case} {target}"]) == {"0"}
-                continue
-            code = found[f"{case} {target} {logits}"]
-            print(f"\n{case} {target} {logits}: {code['registers']} registers, {code['instructions']:.1f} an element")
-            assert code["stack"] == 0 and code["fp64"] == 0 and code["registers"] <= 64 and code["loop"] > 0
-            assert code["instructions"] <= (ceiling if target == "sm_90" else 1.15 * ceiling)
+    c = CASES[case]
+    for _, target, logits in (v for v in variants() if v[0] == case):
+        code = found[f"{case} {target} {logits}"]
+        if target == "gfx942":
+            assert code and set(code) == {"0"}
+            continue
+        print(f"\n{case} {target} {logits}: {code['registers']} registers, {code['instructions']:.1f} an element")
+        assert code["stack"] == 0 and code["fp64"] == 0 and code["registers"] <= c.registers
+        assert code["loop"] > 1 or not c.elements
+        assert code["tensor_cores"] == case.startswith("attention")
+        assert code["instructions"] <= (c.ceiling if target == "sm_90" else 1.15 * c.ceiling)
 
 
 def test_memory_is_the_limit(found):
     """On an H200, in bfloat16, the hardest case: the instructions of an operation take less time than its bytes."""
-    code = {case: found[f"{case} sm_90 bf16"]["instructions"] for case in CASES}
+    code = {case: found[f"{case} sm_90 bf16"]["instructions"] for case, c in CASES.items() if "bf16" in c.dtypes}
     for instructions, nbytes in (
         (code["logprob forward"], 2),                                   # token_logprobs
         (code["logprob backward"], 4),
