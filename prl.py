@@ -327,7 +327,7 @@ def warm_up(policy, rows, tokenizer, state, args):
 # loss_fn(); base is the warm-up model.
 
 
-# ==== the paper's measures: avg@n and pass@k, on problems like the training's and on longer ones ==============================
+# ==== measures: avg@n and pass@k, on problems like those of the training and on longer ones ===================================
 
 def draw_samples(policy, problems, tokenizer, count, args):
     """`count` samples (ids, text, answer) of each problem at temperature 1, the same ones each time for one seed and policy."""

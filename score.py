@@ -280,7 +280,7 @@ def main(args):
 
     policy = warm_up(policy, warmup_rows(train, tokenizer, args), tokenizer, state, args)
     if "before" not in state:
-        tell("before", report(policy, test, tokenizer, args), state, args)
+        tell("before", turn_report(policy, test, tokenizer, args), state, args)
 
     # the warm-up model is the base: the initial policy and, in both stages, the frozen reference
     ref = copy.deepcopy(policy).requires_grad_(False)
@@ -456,7 +456,7 @@ def attempt(policy, problems, tokenizer, args, temperature):
     return turn_measures(first, second), f"{first[0]['text']}\n---\n{second[0]['text']}"
 
 
-def report(policy, problems, tokenizer, args):
+def turn_report(policy, problems, tokenizer, args):
     """What evaluate() finds, and two conditional rates, for reading only: of which problems they are depends on t1."""
     found = evaluate(policy, problems, tokenizer, args)
     share = lambda part, whole: part / whole if whole else 0.0
@@ -464,8 +464,8 @@ def report(policy, problems, tokenizer, args):
 
 
 def final_report(best, last, ref, problems, tokenizer, args):
-    """report() of the best checkpoint, with the rates of the last one, those after given first attempts, and votes if asked for."""
-    found, at_end = report(best, problems, tokenizer, args), evaluate(last, problems, tokenizer, args)
+    """turn_report() of the best checkpoint, the rates of the last one, those after given first attempts, and votes if asked for."""
+    found, at_end = turn_report(best, problems, tokenizer, args), evaluate(last, problems, tokenizer, args)
     found |= {f"last_{name}": at_end[name] for name in ("t1", "t2", "delta", "i->c", "c->i")}
     found |= fixed_and_own(best, ref, problems, tokenizer, args)
     return found | (vote_curves(best, problems, tokenizer, args) if args.vote_k else {})
@@ -685,7 +685,7 @@ def judged(problems, where, args):
     right = reward(read_answers([problem["cot"] for problem in problems], programs, args), problems, args) == 1
     fails = [bool(problem["cot"]) and not runs for problem, runs in zip(problems, right.tolist())]
     if any(fails):
-        names = [problem.get("task_id", problem["question"][:40]) for problem, fail in zip(problems, fails) if fail]
+        names = [problem.get("task_id") or problem["question"][:40] for problem, fail in zip(problems, fails) if fail]
         say(f"warning: {where}: {len(names)} problems are left out, whose own program fails here: {names}")
     return [problem for problem, fail in zip(problems, fails) if not fail]
 
@@ -797,7 +797,7 @@ def parse_code(raw, where):
                          "(prompt, canonical_solution, test, entry_point)")
     record = {"question": question, "cot": program.strip(), "setup": setup, "tests": tests}
     record = {k: v.replace("\r\n", "\n") for k, v in record.items()}
-    number = raw.get("task_id", where)
+    number = raw.get("task_id", question[:40])
     split = ("prompt", "test", "dev", "train")[sum(number >= first for first in (11, 511, 601))] if type(number) is int else None
     return record | {"names": names_used(record["cot"], record["tests"]), "task_id": number, "split": split}
 

@@ -305,8 +305,8 @@ def test_no_worker_outlives_a_batch_or_the_trainer():
     before = set(children())
     assert run_programs([GOOD, ENDED["the same at top level"]]) == [18.0, None]
     assert set(children()) <= before and len(os.listdir("/proc/self/fd")) < 100
-    parts = ["import datetime, math, os, re, time", "from concurrent.futures import ThreadPoolExecutor",
-             "from contextlib import ExitStack", "from functools import partial"]        # alone: the scripts take seconds to import
+    parts = ["import datetime, functools, math, os, re, time", "from concurrent.futures import ThreadPoolExecutor",
+             "from contextlib import ExitStack"]                                         # alone: the scripts take seconds to import
     parts += [f"{name} = {getattr(programs, name)!r}" for name in ("LIMITS", "POLICY", "STRING")]
     parts += [inspect.getsource(getattr(programs, name)) for name in ("run_programs", "run_program", "printed_value")]
     script = "\n".join([*parts, f"run_programs([{ENDED['endless loop']!r}] * 4)"])
@@ -548,15 +548,29 @@ def test_a_program_may_be_called_like_anything():
         assert outcomes([problem["cot"], f"def {name}(x):\n    return x"], problem) == [1, 0], name
 
 
-def test_problems_that_cannot_be_judged_are_named_once():
+def test_problems_that_cannot_be_judged_are_named_once(capsys):
     raws = [RECORD | {"task_id": 1}, RECORD | {"code": "import heapq\n" + PLUS, "task_id": 2},
             RECORD | {"test_list": ["import unittest\nassert plus(1) == 2"], "task_id": 3},
             RECORD | {"code": "print 'Python 2'", "task_id": 4},
             HUMANEVAL, RECORD | {"code": "def plus(x):\n    yield x", "task_id": None}]
-    kept, line = score.judged([score.parse_code(raw, f"x:{i}") for i, raw in enumerate(raws, 1)], "data.jsonl")
+    args = score.Args(task="code", train_data="a", eval_data="b")
+    kept = score.judged([score.parse_code(raw, f"x:{i}") for i, raw in enumerate(raws, 1)], "data.jsonl", args)
     assert [problem["task_id"] for problem in kept] == [1, "HumanEval/0"]
-    assert line.startswith("data.jsonl: 4 of 6 problems") and line.endswith(": 2, 3, 4, x:6") and "\n" not in line
-    assert score.judged(kept, "data.jsonl") == (kept, "")
+    line = capsys.readouterr().out
+    assert line.startswith("warning: data.jsonl: 4 problems are left out") and line.count("\n") == 1
+    assert line.strip().endswith(f"[2, 3, 4, {kept[0]['question'][:40]!r}]")
+    assert score.judged(kept, "data.jsonl", args) == kept and not capsys.readouterr().out
+
+
+def test_a_program_of_the_data_that_does_not_run_leaves_its_problem_out(capsys):
+    """--cot program: what Monty cannot run, and what does not give the record's own answer, would teach nothing right."""
+    args = programs.Args(cot="program")
+    records = [{"question": f"{i}?", "answer_value": "18", "answer_cot": f"def solution():\n    {body}"} for i, body in
+               enumerate(["return 18", "return 17", "import heapq\n    return 18", "yield 18"])] + [{"question": "4?", "answer_value": "18"}]
+    kept = programs.judged([programs.parse_record(record, args) for record in records], "x.json", args)
+    assert [problem["question"] for problem in kept] == ["0?", "4?"]
+    assert capsys.readouterr().out == ("warning: x.json: 3 problems are left out, whose own program does not give the answer here: "
+                                       "['1?', '2?', '3?']\n")
 
 
 @pytest.mark.parametrize("raw", [

@@ -210,9 +210,9 @@ def test_measures_are_shares_of_all_problems():
 def test_conditional_rates(monkeypatch):
     rates = {"t1": 0.75, "i->c": 0.125, "c->i": 0.25}
     monkeypatch.setattr(score, "evaluate", lambda *_: rates)
-    assert score.report(None, [], None, ARGS) == rates | {"right_if_wrong": 0.5, "wrong_if_right": 1 / 3}
+    assert score.turn_report(None, [], None, ARGS) == rates | {"right_if_wrong": 0.5, "wrong_if_right": 1 / 3}
     rates["t1"], rates["i->c"] = 1.0, 0.0
-    assert score.report(None, [], None, ARGS)["right_if_wrong"] == 0.0
+    assert score.turn_report(None, [], None, ARGS)["right_if_wrong"] == 0.0
 
 
 def test_edit_ratio():

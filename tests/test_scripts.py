@@ -271,6 +271,7 @@ def test_one_process_a_folder(tmp_path):
         refuse(run("ppo_reft", tmp_path / "run", "--train-size", "4000", *flags), "another process")
     first.kill(signal.SIGKILL)
     first.wait()
+    (tmp_path / "run" / "log.jsonl").unlink()
     first = start("ppo_reft", tmp_path / "run", "--train-size", "4000")              # the lock died with its process
     while not (tmp_path / "run" / "log.jsonl").exists() and not first.ended():
         time.sleep(0.01)
@@ -348,8 +349,8 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--method", "grpo"], ["--method", "reft, sft"]),
-    (["--kl", "k9"], ["k1, exact"]),
+    (["--method", "grpo"], ["--method", "reft", "online-st"]),
+    (["--kl", "k9"], ["k1", "exact"]),
     (["--batch-size", "0"], ["--batch-size 0"]),
     (["--lr", "-1"], ["--lr"]),
     (["--lr", "nan"], ["--lr"]),
@@ -366,7 +367,7 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     (["--seed", str(2 ** 70)], ["--seed"]),
     (["--lr", "inf"], ["--lr inf"]),
     (["--rerank"], ["--vote-k"]),
-    (["--operations-low", "1", "--operations-high", "1", "--eval-size", "300"], ["--operations-low", "found"]),
+    (["--operations-low", "1", "--operations-high", "1", "--eval-size", "2000"], ["--operations-low", "found"]),
     (["--device", "cuda"], ["no GPU"]),
 ])
 def test_impossible_flags_are_refused_and_nothing_is_written(flags, words, tmp_path):
@@ -417,10 +418,10 @@ def test_bad_data_is_refused_with_its_line(text, words, checkpoint, tmp_path):
 
 def test_warning_after_ten_iterations_without_signal(tmp_path, capsys):
     import ppo_reft as reft
-    args, state = reft.Args(out=str(tmp_path), iterations=40), {"seconds": 0.0, "tokens": 0, "log_lines": 0}
+    args, state = reft.Args(out=str(tmp_path), iterations=40), {"seconds": 0.0, "tokens": 0, "log_lines": 0, "flat": 0}
     for iteration in range(1, 11):
         assert "nothing to learn from" not in capsys.readouterr().out
-        reft.finish_iteration({"iteration": iteration, "no_signal": 1.0, "tokens": 5}, state, time.time() - 1, args)
+        reft.finish_iteration({"no_signal": 1.0, "tokens": 5}, iteration, time.time() - 1, state, args)
     assert "nothing to learn from" in capsys.readouterr().out
 
 
