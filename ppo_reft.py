@@ -38,7 +38,6 @@ import platform
 import random
 import re
 import shlex
-import shutil
 import signal
 import string
 import subprocess
@@ -51,7 +50,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal, get_args
 
 import torch
@@ -342,9 +340,9 @@ def sft_update(policy, rows, optimizer, iteration, steps, args):
 def online_st_loss(policy, micro, minibatch):
     """Half the mean of -log pi over the tokens of the right samples, half that over the demonstrations of the same questions."""
     hidden, targets = sampled(policy, micro)
-    minus_logp = place(-linear_logprobs(hidden, policy.head_weight, targets)[0], micro["response_mask"]).sum(1)   # (B,)
+    logprobs = place(linear_logprobs(hidden, policy.head_weight, targets)[0], micro["response_mask"]).sum(1)     # (B,)
     count = minibatch["response_mask"].sum(1)
-    halves = {name: (minus_logp * (micro["right"] == right)).sum() / 2 / count[minibatch["right"] == right].sum().clamp(min=1)
+    halves = {name: -(logprobs * (micro["right"] == right)).sum() / 2 / count[minibatch["right"] == right].sum().clamp(min=1)
               for name, right in (("right_loss", True), ("gold_loss", False))}
     return sum(halves.values()), halves
 
@@ -395,7 +393,7 @@ def vote(answers):
 
 
 def rerank(scores, answers):
-    """The answer with the highest score among those that are one."""
+    """The place of the highest score whose answer is one; None if there is none."""
     return max(((score, i) for i, score in enumerate(scores) if answers[i] is not None), default=(0, None))[1]
 
 
@@ -421,8 +419,9 @@ def train_reranker(policy, warm, train, tokenizer, args):
     optimizer, steps = adamw([reranker, head], args.rerank_lr), math.ceil(args.rerank_epochs * len(rows) / 48)
 
     def loss_of(micro, minibatch):
-        loss = torch.nn.functional.cross_entropy(reranker_scores(reranker, head, micro), micro["labels"], reduction="sum")
-        return loss / len(minibatch["labels"]), {"loss": loss / len(minibatch["labels"])}
+        scores = reranker_scores(reranker, head, micro)
+        loss = torch.nn.functional.cross_entropy(scores, micro["labels"], reduction="sum") / len(minibatch["labels"])
+        return loss, {"loss": loss}
 
     for step in tqdm(range(1, steps + 1), "reranker", disable=None, leave=False):
         for group in optimizer.param_groups:
@@ -669,16 +668,14 @@ def printed_value(session, program):
     from pydantic_monty import MontyRuntimeError, MontySyntaxError
     feed = functools.partial(session.feed_run, print_callback=lambda *_: None)
     lines = ["import math", *re.split("\r\n?|\n", program)]
-    deadline, done = time.monotonic() + 1, False             # a text may have thousands of wrong lines
-    while not done and time.monotonic() < deadline:
+    deadline = time.monotonic() + 1                          # a text may have thousands of wrong lines
+    while time.monotonic() < deadline:
         try:
-            done = True
-            feed("\n".join([*lines, "None"]))                # None: what the last line yields, however large, stays there
+            with suppress(MontyRuntimeError):
+                feed("\n".join([*lines, "None"]))            # None: what the last line yields, however large, stays there
+            break
         except MontySyntaxError as error:
-            done = False
             del lines[min(len(lines), error.traceback()[-1].line) - 1:]      # no prefix that holds the wrong line parses
-        except MontyRuntimeError:
-            pass
     return feed('value = solution()\nf"{value!r:.1}" + f"{value}"[:1000]') if time.monotonic() < deadline else "no time"
 
 
@@ -704,19 +701,16 @@ def read_records(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")                                # with a byte order mark or without
         if text.lstrip().startswith("["):
-            found = [(f"{path}: record {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        else:
-            found = []
-            for i, line in enumerate(text.split("\n"), 1):           # splitlines() would cut a string at U+2028
-                where = f"{path}:{i}"
-                found += [(where, json.loads(line))] if line.strip() else []
+            return [(f"{path}: record {i}", record) for i, record in enumerate(json.loads(text), 1)]
+        found = []
+        for i, line in enumerate(text.split("\n"), 1):               # splitlines() would cut a string at U+2028
+            where = f"{path}:{i}"
+            found += [(where, json.loads(line))] if line.strip() else []
+        return found
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    if not found:
-        raise InputError(f"{path}: holds no records")
-    return found
 
 
 def read_problems(path, args):
@@ -727,6 +721,8 @@ def read_problems(path, args):
             problems.append(parse_record(record, args))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+    if not problems:
+        raise InputError(f"{path}: holds no records")
     return judged(problems, path, args)
 
 
@@ -959,8 +955,7 @@ def token_stats(policy, ref, data, args, critic=None):
 
 def adamw(modules, lr):
     """AdamW without weight decay over the parameters of some modules, each once."""
-    parameters = {id(p): p for module in modules for p in module.parameters()}
-    return torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(torch.nn.ModuleList(modules).parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
 def optimiser_step(loss_of, minibatch, optimizer, args):
@@ -1028,11 +1023,12 @@ def write_whole(path, write):
 
 def run_info(args):
     """What args.json holds: flags, versions, device, commit, and the hashes of what the run was given."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    here = shutil.which("git") and git("rev-parse", "HEAD")
+    shell = functools.partial(subprocess.run, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = shell("git rev-parse HEAD").stdout.strip()              # empty without git
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
-            "threads": torch.get_num_threads(), "commit": here or "", "clean": bool(here) and not git("status", "--porcelain"),
+            "threads": torch.get_num_threads(), "commit": commit,
+            "clean": bool(commit) and not shell("git status --porcelain").stdout,
             "inputs": {name: fingerprint(getattr(args, name)) for name in ("model", "train_data", "eval_data")}}
 
 
@@ -1067,18 +1063,18 @@ def open_run(args):
     if args.resume:
         try:
             before = json.loads((out / "args.json").read_text())
-            changed = [(name, before["args"].get(name), value) for name, value in info["args"].items()
-                       if before["args"].get(name) != value and name not in ("resume", "out")]
-            other = [name for name, found in info["inputs"].items() if before["inputs"][name] != found]
+            flags, inputs = dict(before["args"]), dict(before["inputs"])
             if (out / "state.pt").exists():
                 state = torch.load(out / "state.pt", map_location=args.device, weights_only=True)
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+        except Exception as error:                                   # a damaged file may raise anything
             raise InputError(f"{out}: args.json or state.pt is damaged, the run cannot be resumed "
-                             f"({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else 'empty'})") from None
-        for name, was, value in changed:
-            raise InputError(f"{out}: --{name.replace('_', '-')} was {was!r} in this run, not {value!r}")
-        for name in other:
-            raise InputError(f"{out}: what --{name.replace('_', '-')} {getattr(args, name)} holds has changed since the run began")
+                             f"({type(error).__name__}: {str(error)[:80]!r})") from None
+        for name, value in info["args"].items():
+            flag = f"--{name.replace('_', '-')}"
+            if name not in ("resume", "out") and flags.get(name) != value:
+                raise InputError(f"{out}: {flag} was {flags.get(name)!r} in this run, not {value!r}")
+            if inputs.get(name) != info["inputs"].get(name):
+                raise InputError(f"{out}: what {flag} {value} holds has changed since the run began")
     else:
         write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1184,8 +1180,7 @@ def figure(width, height):
 def plot(args):
     """curves.png: the numbers of log.jsonl over the iterations."""
     log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
-    panels = [[key for key in keys if any(key in record for record in log)] for keys in PANELS]
-    panels = [keys for keys in panels if keys]
+    panels = list(filter(None, [[key for key in keys if any(key in record for record in log)] for keys in PANELS]))
     picture = figure(14, 2.6 * math.ceil(len(panels) / 4))
     for i, keys in enumerate(panels):
         axes = picture.add_subplot(math.ceil(len(panels) / 4), 4, i + 1, title=", ".join(keys))
@@ -1245,24 +1240,23 @@ def parse_args(argv=None):
 
 def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
-    nothing, shape = not args.model, f"--n-embd {args.n_embd} --n-head {args.n_head}"
-    conflicts = {"--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+    for f in fields(Args):
+        value = getattr(args, f.name)
+        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        if f.type in (int, float) and not least <= value < math.inf:
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
+    nothing = not args.model
+    conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the number of heads":
+                     args.n_embd % (2 * args.n_head),
+                 f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
+                 "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}
-    for f in fields(Args):
-        flag, value = f"--{f.name.replace('_', '-')}", getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
-        if f.type in (int, float) and not least <= value < math.inf:
-            raise InputError(f"{flag} {value}: must be a finite number, at least {least}")
     for message, wrong in conflicts.items():
         if wrong:
             raise InputError(message)
-    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
-        raise InputError(f"{shape}: the width must be an even multiple of the number of heads")
-    if args.seed > 10 ** 12:
-        raise InputError(f"--seed {args.seed}: must be at most 10^12")
 
 
 if __name__ == "__main__":

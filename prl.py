@@ -47,7 +47,6 @@ import platform
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +55,6 @@ import unicodedata
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal, get_args
 
 import torch
@@ -504,19 +502,16 @@ def read_records(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")                                # with a byte order mark or without
         if text.lstrip().startswith("["):
-            found = [(f"{path}: record {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        else:
-            found = []
-            for i, line in enumerate(text.split("\n"), 1):           # splitlines() would cut a string at U+2028
-                where = f"{path}:{i}"
-                found += [(where, json.loads(line))] if line.strip() else []
+            return [(f"{path}: record {i}", record) for i, record in enumerate(json.loads(text), 1)]
+        found = []
+        for i, line in enumerate(text.split("\n"), 1):               # splitlines() would cut a string at U+2028
+            where = f"{path}:{i}"
+            found += [(where, json.loads(line))] if line.strip() else []
+        return found
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    if not found:
-        raise InputError(f"{path}: holds no records")
-    return found
 
 
 def read_problems(path, args):
@@ -527,6 +522,8 @@ def read_problems(path, args):
             problems.append(parse_record(record, args))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+    if not problems:
+        raise InputError(f"{path}: holds no records")
     return judged(problems, path, args)
 
 
@@ -759,8 +756,7 @@ def token_stats(policy, ref, data, args, critic=None):
 
 def adamw(modules, lr):
     """AdamW without weight decay over the parameters of some modules, each once."""
-    parameters = {id(p): p for module in modules for p in module.parameters()}
-    return torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(torch.nn.ModuleList(modules).parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
 def optimiser_step(loss_of, minibatch, optimizer, args):
@@ -828,11 +824,12 @@ def write_whole(path, write):
 
 def run_info(args):
     """What args.json holds: flags, versions, device, commit, and the hashes of what the run was given."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    here = shutil.which("git") and git("rev-parse", "HEAD")
+    shell = functools.partial(subprocess.run, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = shell("git rev-parse HEAD").stdout.strip()              # empty without git
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
-            "threads": torch.get_num_threads(), "commit": here or "", "clean": bool(here) and not git("status", "--porcelain"),
+            "threads": torch.get_num_threads(), "commit": commit,
+            "clean": bool(commit) and not shell("git status --porcelain").stdout,
             "inputs": {name: fingerprint(getattr(args, name)) for name in ("model", "train_data", "eval_data")}}
 
 
@@ -867,18 +864,18 @@ def open_run(args):
     if args.resume:
         try:
             before = json.loads((out / "args.json").read_text())
-            changed = [(name, before["args"].get(name), value) for name, value in info["args"].items()
-                       if before["args"].get(name) != value and name not in ("resume", "out")]
-            other = [name for name, found in info["inputs"].items() if before["inputs"][name] != found]
+            flags, inputs = dict(before["args"]), dict(before["inputs"])
             if (out / "state.pt").exists():
                 state = torch.load(out / "state.pt", map_location=args.device, weights_only=True)
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+        except Exception as error:                                   # a damaged file may raise anything
             raise InputError(f"{out}: args.json or state.pt is damaged, the run cannot be resumed "
-                             f"({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else 'empty'})") from None
-        for name, was, value in changed:
-            raise InputError(f"{out}: --{name.replace('_', '-')} was {was!r} in this run, not {value!r}")
-        for name in other:
-            raise InputError(f"{out}: what --{name.replace('_', '-')} {getattr(args, name)} holds has changed since the run began")
+                             f"({type(error).__name__}: {str(error)[:80]!r})") from None
+        for name, value in info["args"].items():
+            flag = f"--{name.replace('_', '-')}"
+            if name not in ("resume", "out") and flags.get(name) != value:
+                raise InputError(f"{out}: {flag} was {flags.get(name)!r} in this run, not {value!r}")
+            if inputs.get(name) != info["inputs"].get(name):
+                raise InputError(f"{out}: what {flag} {value} holds has changed since the run began")
     else:
         write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -984,8 +981,7 @@ def figure(width, height):
 def plot(args):
     """curves.png: the numbers of log.jsonl over the iterations."""
     log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
-    panels = [[key for key in keys if any(key in record for record in log)] for keys in PANELS]
-    panels = [keys for keys in panels if keys]
+    panels = list(filter(None, [[key for key in keys if any(key in record for record in log)] for keys in PANELS]))
     picture = figure(14, 2.6 * math.ceil(len(panels) / 4))
     for i, keys in enumerate(panels):
         axes = picture.add_subplot(math.ceil(len(panels) / 4), 4, i + 1, title=", ".join(keys))
@@ -1045,24 +1041,23 @@ def parse_args(argv=None):
 
 def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
-    nothing, shape = not args.model, f"--n-embd {args.n_embd} --n-head {args.n_head}"
-    conflicts = {"--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+    for f in fields(Args):
+        value = getattr(args, f.name)
+        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        if f.type in (int, float) and not least <= value < math.inf:
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
+    nothing = not args.model
+    conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the number of heads":
+                     args.n_embd % (2 * args.n_head),
+                 f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
+                 "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}
-    for f in fields(Args):
-        flag, value = f"--{f.name.replace('_', '-')}", getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
-        if f.type in (int, float) and not least <= value < math.inf:
-            raise InputError(f"{flag} {value}: must be a finite number, at least {least}")
     for message, wrong in conflicts.items():
         if wrong:
             raise InputError(message)
-    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
-        raise InputError(f"{shape}: the width must be an even multiple of the number of heads")
-    if args.seed > 10 ** 12:
-        raise InputError(f"--seed {args.seed}: must be at most 10^12")
 
 
 if __name__ == "__main__":
