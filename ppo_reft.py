@@ -92,8 +92,8 @@ class Args:
     ppo_epochs: int = 2              # passes over a rollout; "the number of updates per RL step is set to 2"
     max_new_tokens: int = 56         # longest response; paper: prompt and response 700 together
     lr: float = 5e-4                 # constant; paper: 3e-7 (7B), 3e-6 (125M)
-    gamma: float = 1.0               # paper's code: 1.0
-    lam: float = 0.95                # paper's code: 0.95
+    gamma: float = 1.0               # authors' code: 1.0
+    lam: float = 0.95                # authors' code: 0.95
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
     vf_coef: float = 1.0             # a; paper: 5 (times the 1/2 of F8), which leaves the policy a fifth of a clipped gradient
@@ -728,7 +728,7 @@ def read_problems(path, args):
 
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
-    problems may name their splits; else 10 % of the training questions, at most 500, become dev, one asked twice on one side."""
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all records that ask them."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
@@ -754,7 +754,7 @@ def prepare(args):
     """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
-    train, dev, test = [encode(split, policy, tokenizer, args) for split in splits]
+    train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
     longer = sum(len(problem["response"]) > args.max_new_tokens for problem in train)
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
@@ -762,11 +762,6 @@ def prepare(args):
     print_ids("first prompt", train[0]["prompt"], tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
     return policy, tokenizer, train, dev, test
-
-
-def encode(problems, policy, tokenizer, args):
-    """The problems with their token ids."""
-    return fits([encode_problem(problem, tokenizer, args) for problem in problems], policy, args)
 
 
 def fits(problems, policy, args):
@@ -1195,9 +1190,9 @@ def plot(args):
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
-    event = {"before": {"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")},
-             "after": {"event": "end", "best_iteration": state.get("best", {}).get("iteration")}}
-    write_log(event[moment] | found, state, args)
+    event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
+             {"event": "end", "best_iteration": state["best"]["iteration"]})
+    write_log(event | found, state, args)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, (int, float)))
     say(f"{'warm-up' if moment == 'before' else 'best checkpoint'}, test: {numbers}\n  a response: {found['sample']!r}")
 

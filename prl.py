@@ -216,7 +216,7 @@ def loss_fn(policy, args, micro, minibatch):
     hidden, targets = sampled(policy, micro)
     logprobs = place(linear_logprobs(hidden, policy.head_weight, targets)[0], mask)
 
-    ratio = torch.where(mask, logprobs - micro["old_logprobs"], 0).clamp(-20, 20).exp()
+    ratio = torch.where(mask, logprobs - micro["old_logprobs"], 0).clamp(-20, 20).exp()     # clamped as in authors' code
     clipped_ratio = ratio.clamp(1 - args.clip_eps, 1 + args.clip_eps)
     losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)                                         # F7
     losses = torch.where(advantages < 0, torch.minimum(losses, -args.dual_clip * advantages), losses)                # F8
@@ -394,7 +394,7 @@ def hard_problems(policy, tokenizer, args):
     try:
         test = builtin_problems(args.eval_size, low, high, 4, args)
         shown = builtin_problems(args.train_size // 8, low, high, 5, args, without=test)
-        return encode(test, policy, tokenizer, args), encode(shown, policy, tokenizer, args)
+        return [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in (test, shown)]
     except InputError as error:
         raise InputError(f"--operations-hard {high}: {error}") from None
 
@@ -529,7 +529,7 @@ def read_problems(path, args):
 
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
-    problems may name their splits; else 10 % of the training questions, at most 500, become dev, one asked twice on one side."""
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all records that ask them."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
@@ -555,7 +555,7 @@ def prepare(args):
     """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
-    train, dev, test = [encode(split, policy, tokenizer, args) for split in splits]
+    train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
     longer = sum(len(problem["response"]) > args.max_new_tokens for problem in train)
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
@@ -563,11 +563,6 @@ def prepare(args):
     print_ids("first prompt", train[0]["prompt"], tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
     return policy, tokenizer, train, dev, test
-
-
-def encode(problems, policy, tokenizer, args):
-    """The problems with their token ids."""
-    return fits([encode_problem(problem, tokenizer, args) for problem in problems], policy, args)
 
 
 def fits(problems, policy, args):
@@ -996,9 +991,9 @@ def plot(args):
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
-    event = {"before": {"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")},
-             "after": {"event": "end", "best_iteration": state.get("best", {}).get("iteration")}}
-    write_log(event[moment] | found, state, args)
+    event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
+             {"event": "end", "best_iteration": state["best"]["iteration"]})
+    write_log(event | found, state, args)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, (int, float)))
     say(f"{'warm-up' if moment == 'before' else 'best checkpoint'}, test: {numbers}\n  a response: {found['sample']!r}")
 

@@ -38,6 +38,7 @@ import datetime
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -102,8 +103,8 @@ class Args:
     ppo_epochs: int = 2              # passes over a rollout; authors' code: 2
     max_new_tokens: int = 80         # longest response (88 for programs); authors' code: prompt and response 700 together
     lr: float = 5e-4                 # constant; authors' code: 3e-7 (7B)
-    gamma: float = 1.0               # paper's code: 1.0
-    lam: float = 1.0                 # paper's code: 0.95, which hardly reaches the first lines before the values are learned
+    gamma: float = 1.0               # authors' code: 1.0
+    lam: float = 1.0                 # authors' code: 0.95, which hardly reaches the first lines before the values are learned
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
     vf_coef: float = 0.2             # a; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
@@ -149,14 +150,10 @@ def line_starts(text):
 def tokens_of_lines(problem, lines, tokenizer):
     """How many ids of a demonstration belong to its first `lines` lines. They end where the next begins, indentation included;
     a token across that place is left to the policy. Counted in the ids of the whole: the seam is the one the warm-up saw."""
-    text, count, length = problem["cot"], 0, -len(tokenizer.space)   # Llama 2's ids begin with a space of their own
+    text, before = problem["cot"], -len(tokenizer.space)             # Llama 2's ids begin with a space of their own
     end = len(text[:[*line_starts(text), len(text)][lines]].encode())
-    for token in problem["response"]:
-        length += len(tokenizer.token_bytes(token))
-        if length > end:
-            break
-        count += 1
-    return count
+    lengths = [len(tokenizer.token_bytes(token)) for token in problem["response"]]
+    return sum(reached <= end for reached in itertools.accumulate(lengths, initial=before)) - 1
 
 
 def start_states(problem, tokenizer, args):
@@ -661,7 +658,7 @@ def read_problems(path, args):
 
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
-    problems may name their splits; else 10 % of the training questions, at most 500, become dev, one asked twice on one side."""
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all records that ask them."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
@@ -687,7 +684,7 @@ def prepare(args):
     """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
-    train, dev, test = [encode(split, policy, tokenizer, args) for split in splits]
+    train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
     longer = sum(len(problem["response"]) > args.max_new_tokens for problem in train)
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
@@ -695,11 +692,6 @@ def prepare(args):
     print_ids("first prompt", train[0]["prompt"], tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
     return policy, tokenizer, train, dev, test
-
-
-def encode(problems, policy, tokenizer, args):
-    """The problems with their token ids."""
-    return fits([encode_problem(problem, tokenizer, args) for problem in problems], policy, args)
 
 
 def fits(problems, policy, args):
@@ -1128,9 +1120,9 @@ def plot(args):
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
-    event = {"before": {"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")},
-             "after": {"event": "end", "best_iteration": state.get("best", {}).get("iteration")}}
-    write_log(event[moment] | found, state, args)
+    event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
+             {"event": "end", "best_iteration": state["best"]["iteration"]})
+    write_log(event | found, state, args)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, (int, float)))
     say(f"{'warm-up' if moment == 'before' else 'best checkpoint'}, test: {numbers}\n  a response: {found['sample']!r}")
 

@@ -11,7 +11,7 @@ the base model by a strong KL; stage II rewards both, and y2 gets a bonus for a 
     stage I      R1 = 0,   R2 = r2                                                                S3      turn_returns()
     stage II     R1 = r1,   R2 = r2                                                               S4      turn_returns()
     bonus        R2 += alpha (r2 - r1),   stage II only                                           S5      turn_returns()
-    credit       G2 = R2,   G1 = R1 + gamma R2 with gamma = 0: y1 earns nothing by what y2 earns  S6      turn_returns()
+    credit       G2 = R2,   G1 = R1, in stage II + gamma R2; gamma = 0: y1 earns nothing by y2    S6      turn_returns()
     baseline     A_i = G_i - mean of the G_j, j != i, of the same question, each turn by itself   S7      leave_one_out()
     policy loss  -mean over episodes of sum_t A_t log pi(a_t | s_t)                               S2      loss_fn()
     KL loss      mean over episodes of sum_t c KL(pi || pi_ref)(s_t),   c = beta2 or beta1        S8      loss_fn()
@@ -515,7 +515,8 @@ def plot_turns(state, args):
     """turns.png: both attempts over training with the end of stage I, edit ratios before and after, and the votes."""
     log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
     votes = sorted({int(name.split("_")[1]) for name in state["after"] if name.startswith("vote_")})
-    picture, panels = figure(5 * (2 + bool(votes)), 3.6), 2 + bool(votes)
+    panels = 2 + bool(votes)
+    picture = figure(5 * panels, 3.6)
     axes = picture.add_subplot(1, panels, 1, title=f"{args.method}: right answers", xlabel="iteration", ylim=(0, 1))
     for name, style in (("t1", "C0-"), ("t2", "C1-"), ("dev_t1", "C0.--"), ("dev_t2", "C1.--")):
         shown = [record for record in log if name in record]
@@ -936,7 +937,7 @@ def read_problems(path, args):
 
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
-    problems may name their splits; else 10 % of the training questions, at most 500, become dev, one asked twice on one side."""
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all records that ask them."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
@@ -962,7 +963,7 @@ def prepare(args):
     """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
-    train, dev, test = [encode(split, policy, tokenizer, args) for split in splits]
+    train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
     longer = sum(len(problem["response"]) > args.max_new_tokens for problem in train)
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
@@ -970,11 +971,6 @@ def prepare(args):
     print_ids("first prompt", train[0]["prompt"], tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
     return policy, tokenizer, train, dev, test
-
-
-def encode(problems, policy, tokenizer, args):
-    """The problems with their token ids."""
-    return fits([encode_problem(problem, tokenizer, args) for problem in problems], policy, args)
 
 
 def fits(problems, policy, args):
@@ -1403,9 +1399,9 @@ def plot(args):
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
-    event = {"before": {"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")},
-             "after": {"event": "end", "best_iteration": state.get("best", {}).get("iteration")}}
-    write_log(event[moment] | found, state, args)
+    event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
+             {"event": "end", "best_iteration": state["best"]["iteration"]})
+    write_log(event | found, state, args)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, (int, float)))
     say(f"{'warm-up' if moment == 'before' else 'best checkpoint'}, test: {numbers}\n  a response: {found['sample']!r}")
 

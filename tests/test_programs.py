@@ -306,7 +306,7 @@ def test_no_worker_outlives_a_batch_or_the_trainer():
     assert run_programs([GOOD, ENDED["the same at top level"]]) == [18.0, None]
     assert set(children()) <= before and len(os.listdir("/proc/self/fd")) < 100
     parts = ["import datetime, functools, math, os, re, time", "from concurrent.futures import ThreadPoolExecutor",
-             "from contextlib import ExitStack"]                                         # alone: the scripts take seconds to import
+             "from contextlib import ExitStack, suppress"]                               # alone: the scripts take seconds to import
     parts += [f"{name} = {getattr(programs, name)!r}" for name in ("LIMITS", "POLICY", "STRING")]
     parts += [inspect.getsource(getattr(programs, name)) for name in ("run_programs", "run_program", "printed_value")]
     script = "\n".join([*parts, f"run_programs([{ENDED['endless loop']!r}] * 4)"])
