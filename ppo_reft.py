@@ -48,7 +48,6 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -120,8 +119,8 @@ class Args:
     def __post_init__(self):
         if self.rerank and not self.vote_k:
             raise InputError("--rerank chooses among the samples of --vote-k")
-        if self.cot == "program" and not find_spec("pydantic_monty"):
-            raise InputError("--cot program runs programs in pydantic-monty: pip install pydantic-monty")
+        if self.cot == "program":
+            run_programs([])                 # InputError where none can be run
 
 
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
@@ -728,7 +727,7 @@ def read_problems(path, args):
 
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
-    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all records that ask them."""
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)

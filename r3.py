@@ -56,7 +56,6 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -125,8 +124,8 @@ class Args:
         if self.stage_weights and not (re.fullmatch(r"\d+(,\d+)*", self.stage_weights) and re.search("[1-9]", self.stage_weights)
                                        and self.stage_weights.count(",") + 1 == self.stages):
             raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many whole numbers, not all 0")
-        if self.cot == "program" and not find_spec("pydantic_monty"):
-            raise InputError("--cot program runs programs in pydantic-monty: pip install pydantic-monty")
+        if self.cot == "program":
+            run_programs([])                 # InputError where none can be run
 
 
 PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -658,7 +657,7 @@ def read_problems(path, args):
 
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
-    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all records that ask them."""
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)

@@ -55,7 +55,6 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -138,8 +137,8 @@ class Args:
         for message, wrong in conflicts.items():
             if wrong:
                 raise InputError(message)
-        if programs and not find_spec("pydantic_monty"):
-            raise InputError("programs run in pydantic-monty: pip install pydantic-monty")
+        if programs:
+            run_programs([])                 # InputError where none can be run
 
 
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
@@ -937,7 +936,7 @@ def read_problems(path, args):
 
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
-    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all records that ask them."""
+    problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
