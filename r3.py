@@ -445,7 +445,7 @@ def signed(steps):
 
 
 def builtin_problem(rng, operations, args):
-    """A chain of additions and subtractions that stays between 0 and 19, with a demonstration, one step a line."""
+    """A chain of additions and subtractions that stays between 0 and 19, with a demonstration."""
     start, chain = rng.randrange(20), []
     for _ in range(operations):
         number, total = rng.randint(1, 9), start + sum(chain)
