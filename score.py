@@ -1232,17 +1232,16 @@ def run_info(args):
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
             "threads": torch.get_num_threads(), "commit": commit,
             "clean": bool(commit) and not shell("git status --porcelain").stdout,
-            "inputs": {name: fingerprint(getattr(args, name)) for name in ("model", "train_data", "eval_data")}}
+            "inputs": {name: fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
 
 
 def fingerprint(path):
-    """A hash of a file, or of a checkpoint folder's files; of no path nothing."""
-    files = [f for f in sorted(Path(path).iterdir()) if f.suffix in (".json", ".safetensors")] if Path(path).is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files if path else []:
+    """A hash of a file, or of a checkpoint folder's files."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors")) if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest() if path else ""
+    return digest.hexdigest()
 
 
 def open_run(args):
