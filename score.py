@@ -892,10 +892,10 @@ def passes(programs, problems):
 def builtin_problems(n, low, high, seed, args, without=()):
     """n built-in problems of low to high operations, the same for the same seed; none asks a question of `without`. InputError
     where there are too few."""
-    rng, seen, problems, misses = random.Random(seed), {p["question"] for p in without}, [], 0
+    rng, taken, problems, misses = random.Random(seed), {p["question"] for p in without}, [], 0
     while len(problems) < n:
         problem = builtin_problem(rng, rng.randint(low, high), args)
-        if problem["question"] not in seen:
+        if problem["question"] not in taken:
             problems.append(problem)
         elif (misses := misses + 1) > 100 * n:
             raise InputError(f"--operations-low, --operations-high: found {len(problems)} of {n} problems of {low} to {high} "
