@@ -499,8 +499,9 @@ def parse_record(raw, args):
     """A record of a data file as {"question", "cot", "answer": text, "gold": float, or a letter for multiple choice}."""
     if not isinstance(raw, dict) or not isinstance(raw.get("question"), str):
         raise InputError("a record needs a text `question`")
-    if "answer_value" in raw:           # ReFT; its closing sentence gives way to ours, a program's first lines to the prompt's
-        cot, answer = str(raw.get("answer_cot") or "").strip(), str(raw["answer_value"]).strip()
+    if isinstance(raw.get("answer_value"), (str, int, float)) and isinstance(raw.get("answer_cot") or "", str):
+        # ReFT; its closing sentence gives way to ours, a program's first lines to the prompt's
+        cot, answer = (raw.get("answer_cot") or "").strip(), str(raw["answer_value"]).strip()
         if args.cot == "text":
             cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", cot)
         elif cot and (cot := program_body(cot)) is None:
@@ -710,10 +711,10 @@ def read_records(path):
             for i, line in enumerate(text.split("\n"), 1):           # splitlines() would cut a string at U+2028
                 where = f"{path}:{i}"
                 found += [(where, json.loads(line))] if line.strip() else []
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:                    # also a number of 5,000 digits, a thousand brackets
+        raise InputError(f"{where}: not JSON: {error}") from None
     if not found:
         raise InputError(f"{path}: holds no records")
     return found
