@@ -808,10 +808,10 @@ def on_signal(number, frame):
 
 
 def say(text):
-    """A line on the screen. One that nobody reads any more (a closed pipe) does not end the run."""
+    """A line on the screen. One that goes nowhere any more (a closed pipe, a full disc) does not end the run."""
     try:
         tqdm.write(text)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -821,9 +821,13 @@ def print_ids(name, ids, tokenizer):
 
 
 def write_whole(path, write):
-    """write(temporary path), then a rename: whatever happens, the file at path is whole."""
+    """write(temporary path), then a rename: whatever happens, the file at path is whole. OSError where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except (OSError, RuntimeError) as error:                         # torch's own, of a full disc
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written, is the disc full? ({error})") from None
     os.replace(temporary, path)
 
 
@@ -862,7 +866,7 @@ def open_run(args):
         raise InputError(f"{out}: another process is at this run") from None
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}") from None
-    if not args.resume and (out / "state.pt").exists():              # without one it died before there was anything to lose
+    if not args.resume and any((out / name).exists() for name in ("state.pt", "summary.json")):      # else it died before both
         raise InputError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
     info = run_info(args)
     if args.resume:
@@ -872,9 +876,9 @@ def open_run(args):
                        if before["args"].get(name) != value and name not in ("resume", "out")]
             other = [name for name, found in info["inputs"].items() if before["inputs"][name] != found]
             if (out / "state.pt").exists():
-                state = torch.load(out / "state.pt", map_location=args.device, weights_only=True)
+                state |= torch.load(out / "state.pt", map_location=args.device, weights_only=True)
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
-            raise InputError(f"{out}: args.json or state.pt is damaged, the run cannot be resumed "
+            raise InputError(f"{out}: args.json or state.pt is damaged or another version's, it cannot be resumed "
                              f"({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else 'empty'})") from None
         for name, was, value in changed:
             raise InputError(f"{out}: --{name.replace('_', '-')} was {was!r} in this run, not {value!r}")
@@ -1074,7 +1078,7 @@ if __name__ == "__main__":
         main(parse_args())
     except InputError as error:
         fail(f"error: {error}")
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:                   # no space left, a folder that is gone
         fail(f"stopped: {error}", 1)
     except KeyboardInterrupt:
         fail("stopped before there was anything to save", 130)
