@@ -466,8 +466,9 @@ def parse_record(raw, args):
     """A record of a data file as {"question", "cot", "answer": text, "gold": float}."""
     if not isinstance(raw, dict) or not isinstance(raw.get("question"), str):
         raise InputError("a record needs a text `question`")
-    if "answer_value" in raw:           # ReFT; its closing sentence gives way to ours, a program's first lines to the prompt's
-        cot, answer = str(raw.get("answer_cot") or "").strip(), str(raw["answer_value"]).strip()
+    if isinstance(raw.get("answer_value"), (str, int, float)) and isinstance(raw.get("answer_cot") or "", str):
+        # ReFT; its closing sentence gives way to ours, a program's first lines to the prompt's
+        cot, answer = (raw.get("answer_cot") or "").strip(), str(raw["answer_value"]).strip()
         if args.cot == "text":
             cot = re.sub(r"\s*Therefore, the answer is <[^<>]*>\.?\s*$", "", cot)
         elif cot and (cot := program_body(cot)) is None:
@@ -636,10 +637,10 @@ def read_records(path):
             where = f"{path}:{i}"
             found += [(where, json.loads(line))] if line.strip() else []
         return found
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:                    # also a number of 5,000 digits, a thousand brackets
+        raise InputError(f"{where}: not JSON: {error}") from None
 
 
 def read_problems(path, args):
@@ -926,10 +927,10 @@ def on_signal(number, frame):
 
 
 def say(text):
-    """A line on the screen. One that nobody reads any more (a closed pipe) does not end the run."""
+    """A line on the screen. One that goes nowhere any more (a closed pipe, a full disc) does not end the run."""
     try:
         tqdm.write(text)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -939,9 +940,13 @@ def print_ids(name, ids, tokenizer):
 
 
 def write_whole(path, write):
-    """write(temporary path), then a rename: whatever happens, the file at path is whole."""
+    """write(temporary path), then a rename: whatever happens, the file at path is whole. OSError where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except (OSError, RuntimeError) as error:                         # torch's own, of a full disc
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written, is the disc full? ({error})") from None
     os.replace(temporary, path)
 
 
@@ -980,7 +985,7 @@ def open_run(args):
         raise InputError(f"{out}: another process is at this run") from None
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}") from None
-    if not args.resume and (out / "state.pt").exists():              # without one it died before there was anything to lose
+    if not args.resume and any((out / name).exists() for name in ("state.pt", "summary.json")):      # else it died before both
         raise InputError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
     info = run_info(args)
     if args.resume:
@@ -988,9 +993,9 @@ def open_run(args):
             before = json.loads((out / "args.json").read_text())
             flags, inputs = dict(before["args"]), dict(before["inputs"])
             if (out / "state.pt").exists():
-                state = torch.load(out / "state.pt", map_location=args.device, weights_only=True)
+                state |= torch.load(out / "state.pt", map_location=args.device, weights_only=True)
         except Exception as error:                                   # a damaged file may raise anything
-            raise InputError(f"{out}: args.json or state.pt is damaged, the run cannot be resumed "
+            raise InputError(f"{out}: args.json or state.pt is damaged or another version's, it cannot be resumed "
                              f"({type(error).__name__}: {str(error)[:80]!r})") from None
         for name, value in info["args"].items():
             flag = f"--{name.replace('_', '-')}"
@@ -1190,7 +1195,7 @@ if __name__ == "__main__":
         main(parse_args())
     except InputError as error:
         fail(f"error: {error}")
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:                   # no space left, a folder that is gone
         fail(f"stopped: {error}", 1)
     except KeyboardInterrupt:
         fail("stopped before there was anything to save", 130)

@@ -227,6 +227,9 @@ def test_a_finished_run_can_be_resumed_and_a_used_folder_is_refused(folder, tmp_
     assert result.returncode == 0 and "->" in result.stdout
     assert read_log(tmp_path / "done") == before
     refuse(run("ppo_reft", tmp_path / "done"), "holds a run already")
+    (tmp_path / "done" / "state.pt").rename(tmp_path / "state.pt")                   # a large file that nobody needs any more
+    refuse(run("ppo_reft", tmp_path / "done"), "holds a run already")
+    (tmp_path / "state.pt").rename(tmp_path / "done" / "state.pt")
     refuse(run("ppo_reft", tmp_path / "done", "--resume", "--lr", "0.5"), "--lr was")
     refuse(run("ppo_reft", tmp_path / "none", "--resume"), "no run to resume")
     assert not (tmp_path / "none").exists()
@@ -249,6 +252,7 @@ def cut_in_half(path):
 @pytest.mark.parametrize("damage, words", [
     (lambda out: cut_in_half(out / "state.pt"), ["state.pt"]),
     (lambda out: (out / "state.pt").write_text(""), ["state.pt"]),
+    (lambda out: torch.save(None, out / "state.pt"), ["state.pt"]),
     (lambda out: (out / "args.json").write_text(""), ["args.json"]),
     (lambda out: (out / "args.json").write_text("[]"), ["args.json"]),
     (lambda out: cut_in_half(out / "args.json"), ["args.json"]),
@@ -382,6 +386,26 @@ def test_a_run_folder_that_cannot_be_made_is_refused(out, tmp_path):
     assert (tmp_path / "file").read_text() == "" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_full_disc_ends_a_run_in_one_line(monkeypatch, tmp_path):
+    """It leaves no half-written file, and a screen that is a full disc does not matter."""
+    import ppo_reft as reft
+    def write(path):
+        path.write_text("half")
+        torch.save(torch.zeros(1000), "/dev/full")
+    (tmp_path / "state.pt").write_text("before")
+    with pytest.raises(OSError, match="state.pt: cannot be written"):
+        reft.write_whole(tmp_path / "state.pt", write)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+    screens = []
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "wb", buffering=0))                     # any write fails
+    monkeypatch.setattr(reft.tqdm, "write", lambda text: sys.stdout.write(text.encode()))
+    monkeypatch.setattr(os, "dup2", lambda new, old: screens.append(old))
+    reft.say("a line")
+    assert screens == [sys.stdout.fileno()]
+    result = run("ppo_reft", tmp_path / ("long" * 99), "--resume")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "File name too long" in result.stderr
+
+
 @pytest.mark.parametrize("char, mark", [("\u2028", ""), ("\u2029", ""), ("\x85", ""), ("\x0c", ""), ("", "\ufeff")])
 def test_lines_end_at_line_feeds_alone(char, mark, tmp_path):
     """JSON lines that hold Unicode's other line separators as such, or begin with a byte order mark."""
@@ -398,10 +422,14 @@ def test_lines_end_at_line_feeds_alone(char, mark, tmp_path):
     ("", ["holds no records"]),
     ('{"question": "a", "answer": "b\\n#### 1"}\n{"question": ', [":2: not JSON"]),
     ('[{"question": "a"', ["not JSON"]),
+    ('{"question": "a", "answer": "b\\n#### 1"}\n' + "9" * 5000, [":2: not JSON", "5000 digits"]),
+    ('{"question": "a", "answer": "b\\n#### 1"}\n' + "[" * 99999, [":2: not JSON", "recursion"]),
     ('{"question": "a", "answer": "b"}', [":1:", "neither GSM8K's form"]),
     ('{"answer": "b\\n#### 1"}', [":1:", "question"]),
     ('{"question": "a", "answer": "b\\n#### 1"}\n{"question": "a", "answer": "b\\n#### many"}', [":2:", "'many'"]),
     ('[{"question": "a", "answer_cot": "b", "answer_value": "1"}, 7]', ["record 2"]),
+    ('{"question": "a", "answer_cot": "b", "answer_value": [1]}', [":1:", "neither GSM8K's form"]),
+    ('{"question": "a", "answer_cot": ["b"], "answer_value": "1"}', [":1:", "neither GSM8K's form"]),
     ("\n".join(json.dumps(r) for r in GSM).replace("Ann", "Änne"), ["Ä"]),
     ("\n".join(json.dumps(r | {"question": r["question"] * 9}) for r in GSM), ["context"]),
 ])
