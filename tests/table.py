@@ -4,7 +4,7 @@
                           [--plot-pass FILE.png]
 
 Runs whose folders are called the same but for "-s<seed>" form a row; each number is a mean over seeds with a 95 % interval
-(Student's t, its 97.5 % points T by their number), in per cent; with --minus the differences to the runs NAME, seed by seed. --out keeps the summaries, one list, as
+(Student's t), in per cent; with --minus the differences to the runs NAME, seed by seed. --out keeps the summaries, one list, as
 the raw data behind the table; --plot draws dev accuracy over the iterations, the mean over seeds and the range; --plot-pass draws
 pass@k against k, before training and after it. `first_...` of a row is of the rollouts before any update, `last_...` the mean over
 the last five iterations.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131), 2))
+T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131), 2))   # 97.5 % points
 HIDDEN = ("response_length", "unparsed", "truncated")
 
 
