@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import regex
 import safetensors
 import safetensors.torch
+import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -538,6 +539,21 @@ def _merge(symbols: str, ranks: dict) -> list[str]:
     return [part for part in parts if part]
 
 
+def _ranks_decide(ranks: dict) -> bool:
+    """Whether joining by the rank of the joined token, as tiktoken does, gives what the listed merges give: each token has one
+    merge, and no pair across the seam of its halves has its turn while these are made."""
+    made = {left + right: (rank, left, right) for (left, right), rank in ranks.items()}
+    for (left, right), limit in ranks.items():
+        first = second = 0
+        while first >= 0 or second >= 0:
+            if made.get(left + right, (limit,))[0] < limit:
+                return False
+            (first, _, left_end), (second, right_start, _) = made.get(left, (-1, "", "")), made.get(right, (-1, "", ""))
+            # back to before the later of the last joins; of two equal ones the right one came later, so a pair before it wins
+            limit, left, right = (first, left_end, right) if first > second else (second + 1, left, right_start)
+    return len(made) == len(ranks)
+
+
 def _cut_out(text: str, finder):
     """The text cut at added tokens: first a text, then in turn an id and a text; texts may be empty."""
     done, (pattern, tokens) = 0, finder
@@ -658,6 +674,7 @@ class Tokenizer:
     def _read_splits(self, pre_tokenizer, model):
         """What cuts a text into the pieces inside of which merges join."""
         *steps, last = _steps(pre_tokenizer, "pretokenizers") or [{"type": "none"}]
+        self._bpe = None                                # tiktoken, where it gives the same as the merges
         self._scheme = None                             # before which texts a Metaspace puts a space: always, first, never
         if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
             self._alphabet = _byte_alphabet()
@@ -669,6 +686,10 @@ class Tokenizer:
                     self._bytes[i] = token.translate(table).encode("latin-1")
                 except UnicodeEncodeError:              # not made of bytes: a special token listed in the vocabulary
                     self._bytes[i] = token.encode()
+            if _ranks_decide(self._ranks):
+                self._parts = self._alphabet + [left + right for left, right in self._ranks]
+                joined = {part.translate(table).encode("latin-1"): rank for rank, part in enumerate(self._parts)}
+                self._bpe = tiktoken.Encoding("merges", pat_str=r"[\s\S]+", mergeable_ranks=joined, special_tokens={})
             self._splits = [self._read_split(step) for step in steps]
             if last.get("use_regex", True):
                 self._splits.append(_splitter(GPT2_SPLIT))
@@ -775,7 +796,8 @@ class Tokenizer:
         if self._ignore_merges and symbols in self._vocab:
             return [self._vocab[symbols]]
         ids, done = [], 0
-        for part in _merge(symbols, self._ranks):
+        parts = map(self._parts.__getitem__, self._bpe.encode_ordinary(piece)) if self._bpe else _merge(symbols, self._ranks)
+        for part in parts:
             if part in self._vocab:
                 ids.append(self._vocab[part])
             elif self._alphabet:

@@ -78,7 +78,7 @@ def ours(gpt, tokenizer, prompts):
     gpt.config.eos_id = -1                              # no token ends a response
     optimizer = ppo_reft.adamw([gpt], LR)
     loss_of = functools.partial(ppo_reft.loss_fn, gpt, gpt, ref, args)
-    problems = [{"prompt": prompt, "given": [], "gold": 1.0} for prompt in prompts]
+    problems = [{"prompt": prompt, "gold": 1.0} for prompt in prompts]
 
     def iteration():
         data, log = ppo_reft.rollout(gpt, gpt, ref, problems, tokenizer, args)

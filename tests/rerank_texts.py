@@ -27,8 +27,7 @@ def main(run, out):
     with torch.no_grad():
         for problem, drawn in zip(test[:400], reft.draw_samples(policy, test[:400], tokenizer, args.vote_k, args)):
             right = [float(reft.reward([answer], [problem], args)[0]) == 1 for *_, answer in drawn]
-            ids = [problem["prompt"] + [token for token in sample if token != tokenizer.eos_id] for sample, *_ in drawn]
-            batch = reft.pack([(row, [True] * len(row)) for row in ids], policy.config.pad_id, policy.head_weight.device)
+            batch = reft.pack([reft.reranker_row(problem, ids, tokenizer) for ids, *_ in drawn], policy)
             scores = reft.reranker_scores(reranker, head, batch).log_softmax(-1)[:, 1].tolist()
             texts = [{text for (_, text, _), r in zip(drawn, right) if r == wanted} for wanted in (True, False)]
             for name, x in zip(rows, (sum(right), *map(len, texts), len(texts[0]) / sum(map(len, texts)))):
