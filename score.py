@@ -811,7 +811,7 @@ def names_used(program, tests):
     return []
 
 
-CODE = re.compile(r"""[ \t]*(?:[#@"'(\[]|try:|(?:async|class|def|for|from|if|import|while|with) |\w[\w.,: \[\]]*=|\w+\()""")
+CODE = re.compile(r"""[ \t]*(?:[#@"'(]|try:|(?:async|class|def|for|from|if|import|while|with) |\w[\w.,: \[\]]*=|\w+\()""")
 
 
 def unindented(line, width):
