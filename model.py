@@ -755,6 +755,8 @@ class Tokenizer:
             else:
                 self._refuse(f"post-processor {step['type']}")
             first = own + first                         # a later step goes around what the ones before it gave
+        if not all(type(i) is int and i >= 0 for i in first):
+            self._refuse("an id that is not a whole number")
         return first
 
     def _id_of(self, token):

@@ -1190,7 +1190,8 @@ def check_args(args):
 if __name__ == "__main__":
     for name in "stdout", "stderr":                                  # closed, not UTF-8, or a file to be read while it grows
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
+        with suppress(AttributeError):                               # a notebook's has none
+            getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(parse_args())
     except InputError as error:

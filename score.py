@@ -807,7 +807,7 @@ def names_used(program, tests):
     return []
 
 
-CODE = re.compile(r"""[ \t]*(?:[#@"'(\[]|try:|(?:async|class|def|for|from|if|import|while|with) |\w[\w.,: \[\]]*=|\w+\()""")
+CODE = re.compile(r"""[ \t]*(?:[#@"'(]|try:|(?:async|class|def|for|from|if|import|while|with) |\w[\w.,: \[\]]*=|\w+\()""")
 
 
 def unindented(line, width):
@@ -1469,7 +1469,8 @@ def check_args(args):
 if __name__ == "__main__":
     for name in "stdout", "stderr":                                  # closed, not UTF-8, or a file to be read while it grows
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
+        with suppress(AttributeError):                               # a notebook's has none
+            getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(parse_args())
     except InputError as error:

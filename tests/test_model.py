@@ -467,6 +467,13 @@ def test_patterns_that_could_mean_something_else_are_refused(pattern):
     assert "\n" not in str(error.value) and "tokenizer.json" in str(error.value)
 
 
+def template(*first, ids=None):
+    items = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
+    items += [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "end", "type_id": 0}}]
+    return dict(type="TemplateProcessing", single=items, pair=[],
+                special_tokens={t: dict(id=t, ids=ids or [len(t)], tokens=[t]) for t in (*first, "end")})
+
+
 @pytest.mark.parametrize("name, changes, word", [
     ("gpt2", dict(pre_tokenizer=split_by("a", behavior="Removed")), "Removed"),
     ("gpt2", dict(pre_tokenizer=split_by("a", behavior="MergedWithPrevious")), "MergedWithPrevious"),
@@ -474,6 +481,8 @@ def test_patterns_that_could_mean_something_else_are_refused(pattern):
     ("gpt2", dict(pre_tokenizer=split_by("a", behavior="Contiguous")), "Contiguous"),
     ("gpt2", dict(pre_tokenizer=dict(split_by("a"), pretokenizers=[dict(type="Punctuation"), *split_by()["pretokenizers"]])),
      "Punctuation"),
+    ("gpt2", dict(post_processor=template("a", ids=[[]])), "whole number"),
+    ("gpt2", dict(post_processor=template("a", ids=[-1])), "whole number"),
     ("gpt2", dict(post_processor=dict(type="Unheard")), "Unheard"), ("gpt2", dict(model__dropout=0.1), "dropout"),
     ("gpt2", dict(model__merges=[["a"]]), "ValueError"), ("gpt2", dict(model__merges=[5]), "TypeError"),
     ("gpt2", dict(model__vocab={"a": 1.5}), "whole number"), ("gpt2", dict(model__vocab={"a": -1}), "whole number"),
@@ -518,13 +527,6 @@ def test_long_words_are_encoded_in_time():
         tokenizer = Tokenizer.from_file(FIXTURES / "tokenizers" / name / "tokenizer.json")
         assert len(tokenizer.encode("theand" * 20000)) < 120000             # seconds; an hour if each merge looked at all pairs
     assert time.monotonic() - start < 60
-
-
-def template(*first, ids=None):
-    items = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
-    items += [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "end", "type_id": 0}}]
-    return dict(type="TemplateProcessing", single=items, pair=[],
-                special_tokens={t: dict(id=t, ids=ids or [len(t)], tokens=[t]) for t in (*first, "end")})
 
 
 @pytest.mark.parametrize("processor, first", [

@@ -427,6 +427,7 @@ FENCED = {
     "list item": "1. Code:\n\n  ```python\n  def plus(x):\n      return x + 1\n  ```\n2. Done.",
     "tabs": "\t```\n\tplus = lambda x: x + 1\n\t```",
     "fence behind prose": f"Code: ```python\n{PLUS}\n```", "end behind code": f"```python\n{PLUS}```\nDone.",
+    "tags": f"[PYTHON]\n{PLUS}\n[/PYTHON]", "tags of MBPP's prompts": f"[BEGIN]\n{PLUS}\n[DONE]",
     "prose before": f"Here is the program:\n\n{PLUS}", "prose around": f"Sure! It's:\n\n{PLUS}\n\nIt adds one. It's simple.",
     "indented, no fence": "Code:\n\n    def plus(x):\n        return x + 1\n\nDone.",
     "ticks in prose": f"Use ```plus``` here:\n```\n{PLUS}\n```",

@@ -2,12 +2,14 @@
 import ast
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -498,6 +500,16 @@ def test_screens_of_all_kinds(checkpoint, tmp_path):
     for process, name in zip(running, ("closed", "piped")):
         _, errors = process.communicate()
         assert process.returncode == 0 and not errors and (tmp_path / name / "summary.json").exists(), (name, errors)
+
+
+def test_the_screen_of_a_notebook(monkeypatch):
+    """%run puts a stream of its own in place of stdout and stderr, without what a real one has."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    monkeypatch.setattr(sys, "argv", ["ppo_reft.py", "--lr", "much"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "ppo_reft.py"), run_name="__main__")
+    assert "error: argument --lr: invalid float value: 'much'" in sys.stderr.getvalue()
 
 
 def test_builtin_problems_are_fixed_right_and_the_splits_apart():
