@@ -55,7 +55,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from kernels import linear_kl, linear_logprobs, linear_stats
+from kernels import linear_logprobs, linear_stats
 from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_checkpoint, generate
 
 
@@ -197,7 +197,10 @@ def loss_fn(policy, critic, ref, args, micro, minibatch):
     mask, advantages, returns = micro["response_mask"], micro["advantages"], micro["returns"]
     row_mean = torch.where(mask, 1 / mask.sum(1, keepdim=True).clamp(min=1), 0) / len(minibatch["tokens"])   # (B, T-1) weights
     hidden, targets = sampled(policy, micro)
-    logprobs = place(linear_logprobs(hidden, policy.head_weight, targets)[0], mask)
+    with torch.no_grad():
+        reference = (sampled(ref, micro)[0], ref.head_weight) if args.kl == "exact" else ()
+    logprobs, _, kl, _ = linear_stats(hidden, policy.head_weight, targets, *reference)
+    logprobs = place(logprobs, mask)
     values = place(critic.values(hidden if critic is policy else sampled(critic, micro)[0]), mask)
 
     ratio = torch.where(mask, logprobs - micro["old_logprobs"], 0).exp()
@@ -209,10 +212,7 @@ def loss_fn(policy, critic, ref, args, micro, minibatch):
     stats = {"policy_loss": policy_loss, "value_loss": value_loss,
              "clip_frac": torch.where(mask, ratio != clipped_ratio, False).sum() / minibatch["response_mask"].sum()}
     if args.kl == "exact":
-        with torch.no_grad():
-            ref_hidden, _ = sampled(ref, micro)
-        kl = place(linear_kl(hidden, policy.head_weight, ref_hidden, ref.head_weight), mask)
-        stats["kl_loss"] = (row_mean * micro["kl_weight"][:, None] * kl).sum()
+        stats["kl_loss"] = (row_mean * micro["kl_weight"][:, None] * place(kl, mask)).sum()
         loss = loss + stats["kl_loss"]
     return loss, stats
 

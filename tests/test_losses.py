@@ -203,7 +203,7 @@ def loss_of(monkeypatch, mask, advantages, ratio=None, values=None, old_values=N
     values = (zeros if values is None else values).clone().requires_grad_()
     policy = Fixed(logprobs, values)
     monkeypatch.setattr(reft, "sampled", lambda gpt, micro: (mask, None))          # "hidden" is the mask itself
-    monkeypatch.setattr(reft, "linear_logprobs", lambda hidden, weight, targets: (policy.logprobs[hidden], None))
+    monkeypatch.setattr(reft, "linear_stats", lambda hidden, weight, targets: (policy.logprobs[hidden], None, None, None))
     batch = {"tokens": torch.zeros(mask.shape[0], mask.shape[1] + 1), "response_mask": mask, "advantages": advantages,
              "old_logprobs": zeros, "old_values": zeros if old_values is None else old_values,
              "returns": values.detach() if returns is None else returns}
