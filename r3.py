@@ -123,9 +123,10 @@ class Args:
     save_every: int = 10             # iterations between saved states
 
     def __post_init__(self):
-        if self.stage_weights and not (re.fullmatch(r"\d+(,\d+)*", self.stage_weights) and re.search("[1-9]", self.stage_weights)
-                                       and self.stage_weights.count(",") + 1 == self.stages):
-            raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many whole numbers, not all 0")
+        weights = self.stage_weights.split(",")
+        if self.stage_weights and not (len(weights) == self.stages and re.search("[1-9]", self.stage_weights)
+                                       and all(re.fullmatch(r"\d{1,3}", weight) for weight in weights)):
+            raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many from 0 to 999, not all 0")
         if self.cot == "program" and not find_spec("pydantic_monty"):
             raise InputError("--cot program runs programs in pydantic-monty: pip install pydantic-monty")
 
