@@ -184,7 +184,7 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     kl_k1 = data["old_logprobs"] - data["ref_logprobs"]                                  # one-sample estimate of the KL
     rewards = token_rewards(outcomes, kl_k1, data["kl"], mask, args)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-    explained = 1 - (returns - values)[mask].var() / returns[mask].var()
+    explained = 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)
     advantages, sigma = whiten(advantages, mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
     data |= {"advantages": advantages, "returns": returns,
              "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}                  # as k1's penalty is divided by sigma
