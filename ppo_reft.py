@@ -181,7 +181,7 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     kl_k1 = data["old_logprobs"] - data["ref_logprobs"]                                  # one-sample estimate of the KL
     rewards = token_rewards(outcomes, kl_k1, data["kl"], mask, args)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-    explained = 1 - (returns - values)[mask].var() / returns[mask].var()
+    explained = 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)
     advantages, sigma = whiten(advantages, mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
     data |= {"advantages": advantages, "returns": returns,
              "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}                  # as k1's penalty is divided by sigma
@@ -1250,6 +1250,7 @@ def check_args(args):
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}
     for message, wrong in conflicts.items():

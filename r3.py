@@ -121,9 +121,10 @@ class Args:
     save_every: int = 10             # iterations between saved states
 
     def __post_init__(self):
-        if self.stage_weights and not (re.fullmatch(r"\d+(,\d+)*", self.stage_weights) and re.search("[1-9]", self.stage_weights)
-                                       and self.stage_weights.count(",") + 1 == self.stages):
-            raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many whole numbers, not all 0")
+        weights = self.stage_weights.split(",")
+        if self.stage_weights and not (len(weights) == self.stages and re.search("[1-9]", self.stage_weights)
+                                       and all(re.fullmatch(r"\d{1,3}", weight) for weight in weights)):
+            raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many from 0 to 999, not all 0")
         if self.cot == "program":
             run_programs([])                 # InputError where none can be run
 
@@ -234,7 +235,7 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     kl_k1 = data["old_logprobs"] - data["ref_logprobs"]                                  # one-sample estimate of the KL
     rewards = token_rewards(outcomes, kl_k1, data["kl"], mask, args)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-    explained = 1 - (returns - values)[mask].var() / returns[mask].var()
+    explained = 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)
     advantages, sigma = whiten(advantages, mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
     data |= {"advantages": advantages, "returns": returns,
              "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}                  # as k1's penalty is divided by sigma
@@ -1180,6 +1181,7 @@ def check_args(args):
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}
     for message, wrong in conflicts.items():

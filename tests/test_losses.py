@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -305,10 +306,10 @@ class Words:
         return "".join(chr(97 + i) for i in ids)
 
 
-def toy_rollout(args, critic=None, same_ref=False):
+def toy_rollout(args, critic=None, same_ref=False, rows=12):
     policy = tiny()
     ref = copy.deepcopy(policy) if same_ref else tiny(seed=1)
-    problems = [{"prompt": [5] * (1 + i % 3) + [6], "gold": 1.0} for i in range(12)]
+    problems = [{"prompt": [5] * (1 + i % 3) + [6], "gold": 1.0} for i in range(rows)]
     torch.manual_seed(3)
     data, log = reft.rollout(policy, critic or policy, ref.requires_grad_(False), problems, Words(), args)
     return policy, ref, data, log
@@ -334,6 +335,13 @@ def test_before_the_first_update_the_kl_is_0_and_both_modes_agree():
     *_, exact = toy_rollout(dataclasses.replace(TOY, kl="exact"), same_ref=True)
     assert abs(k1["kl"]) < 1e-5 and abs(k1["kl_k1"]) < 1e-5
     assert k1["outcome"] == exact["outcome"]
+
+
+def test_a_rollout_of_a_single_token_has_no_explained_variance():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        *_, log = toy_rollout(dataclasses.replace(TOY, max_new_tokens=1), rows=1)
+    assert math.isnan(log["explained_variance"])
 
 
 def test_exact_kl_is_never_negative_while_k1_can_be():

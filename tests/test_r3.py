@@ -263,7 +263,7 @@ def test_weights_repeat_or_drop_starts():
     assert counts == {0: 32, 2: 16, 3: 16, 4: 16}
 
 
-@pytest.mark.parametrize("weights", ["1,1", "1,1,1,1,x", "0,0,0,0,0", "1,1,1,1,-1", "1.5,1,1,1,1"])
+@pytest.mark.parametrize("weights", ["1,1", "1,1,1,1,x", "0,0,0,0,0", "1,1,1,1,-1", "1.5,1,1,1,1", "1000,1,1,1,1", "1,1,1,1,"])
 def test_wrong_weights_are_refused(weights):
     with pytest.raises(InputError, match="stage-weights"):
         dataclasses.replace(ARGS, stage_weights=weights)

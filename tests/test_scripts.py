@@ -372,6 +372,7 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     (["--seed", "20250926113000"], ["--seed 20250926113000"]),
     (["--seed", str(2 ** 70)], ["--seed"]),
     (["--lr", "inf"], ["--lr inf"]),
+    (["--grad-clip", "0"], ["--grad-clip 0"]),
     (["--rerank"], ["--vote-k"]),
     (["--operations-low", "1", "--operations-high", "1", "--eval-size", "2000"], ["--operations-low", "found"]),
     (["--device", "cuda"], ["no GPU"]),
