@@ -59,6 +59,7 @@ def assert_same_run(a, b):
 
 # ---- the text of the scripts -------------------------------------------------------------------------------------------------
 
+@functools.cache
 def definitions(script):
     lines = (ROOT / f"{script}.py").read_text().splitlines()
     return {n.name: "\n".join(lines[n.lineno - 1:n.end_lineno]) for n in ast.parse("\n".join(lines)).body if hasattr(n, "name")}
