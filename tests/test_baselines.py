@@ -226,11 +226,13 @@ def test_a_policy_finds_the_rewarded_style(method):
     assert 0.2 < shares[0] < 0.8 and shares[-1] > 0.95, shares
 
 
-def test_the_default_loop_learns_in_a_minute(tmp_path):
-    """A quarter of the default run's training set on short chains: greedy test accuracy rises by 10 points or more."""
+def test_the_default_loop_learns_within_a_minute(tmp_path):
+    """Chains of 4 after a short warm-up, which leaves them unsolved (4 to 16 %): 8 iterations took them to 65 % and more with each of
+    the seeds and warm-ups tried, and nowhere when the sign of the policy's loss was wrong."""
     from test_scripts import run
-    result = run("ppo_reft", tmp_path / "run", "--train-size", "8000", "--operations-low", "3", "--operations-high", "4", "--iterations", "20",
-                 "--eval-size", "300", "--device", "cpu", tiny=False)
+    result = run("ppo_reft", tmp_path / "run", "--operations-low", 4, "--operations-high", 4, "--warmup-epochs", 5, "--warmup-batch-size", 48,
+                 "--warmup-lr", 5e-3, "--iterations", 8, "--eval-every", 8, "--eval-size", 100, "--max-new-tokens", 40, "--device", "cpu",
+                 tiny=False)
     assert result.returncode == 0, result.stderr
     before, after = map(float, re.search(r"accuracy ([\d.]+) -> ([\d.]+)", result.stdout).groups())
-    assert before < 0.85 and after > before + 0.1, (before, after)
+    assert before < 0.5 and after > before + 0.2, (before, after)

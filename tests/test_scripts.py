@@ -61,6 +61,7 @@ def assert_same_run(a, b):
 
 # ---- the text of the scripts -------------------------------------------------------------------------------------------------
 
+@functools.cache
 def definitions(script):
     lines = (ROOT / f"{script}.py").read_text().splitlines()
     return {n.name: "\n".join(lines[n.lineno - 1:n.end_lineno]) for n in ast.parse("\n".join(lines)).body if hasattr(n, "name")}
@@ -187,14 +188,14 @@ def test_same_seed_same_log(script, method, folder, tmp_path):
 
 @pytest.mark.parametrize("script, method", CASES)
 def test_kill_and_resume_equals_an_unbroken_run(script, method, folder, tmp_path):
-    """kill -9 at a random moment, again when training has come further, then --resume: log and weights bit for bit as if nothing
-    had happened."""
+    """kill -9 at a random moment up to the first iteration, in training when the second iteration is logged, so that one is saved,
+    and at a random moment of what is left; then --resume: log and weights bit for bit as if nothing had happened."""
     _, seconds = whole_run(script, method, folder / f"{script}-{method}")
-    out, moment = tmp_path / "killed", random.uniform(0, seconds)
+    out = tmp_path / "killed"
     resume = lambda: ["--resume"] if (out / "state.pt").exists() else []
-    for late in (lambda lines: time.time() > began + moment, lambda lines: lines_of(out) > max(lines, 1)):
-        running, began, lines = start(script, out, "--method", method, *resume()), time.time(), lines_of(out)
-        while not late(lines) and not running.ended():
+    for lines, moment in (2, random.uniform(0, seconds)), (3, 60), (math.inf, random.uniform(0, seconds)):     # the first is the warm-up's
+        running, began = start(script, out, "--method", method, *resume()), time.time()
+        while time.time() < began + moment and lines_of(out) < lines and not running.ended():
             time.sleep(0.003)
         running.kill(signal.SIGKILL)
         running.wait()
