@@ -451,7 +451,9 @@ def builtin_problem(rng, operations, args):
     for _ in range(operations):
         number, total = rng.randint(1, 9), start + sum(chain)
         chain.append(rng.choice([step for step in (number, -number) if 0 <= total + step < 20]))
-    lines = demonstration(start, chain, random.Random(rng.random()), args)               # any style leaves the questions the same
+    rng.random()                                                     # of a style for all lines, as in ppo_reft.py's problems
+    styles = vars(rng).setdefault("styles", random.Random(5))        # a stream of its own: any style leaves the questions the same
+    lines = demonstration(start, chain, styles, args)
     total, cot = start + sum(chain), "\n".join(lines)
     return {"question": f"What is {start}{signed(chain)}?", "cot": cot, "answer": f"{total}", "gold": float(total)}
 
