@@ -12,6 +12,7 @@ The pad id is a filler and nothing else, masks come from lengths, so it may equa
 
 Letters: B rows, T tokens, C channels, H query heads, K key/value heads, D channels of a head, V vocabulary.
 """
+import copy
 import heapq
 import itertools
 import json
@@ -31,6 +32,8 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from kernels import activation, add_norm, decode_attention, sample_tokens, use_triton
 
 
 class InputError(ValueError):
@@ -144,7 +147,7 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def causal_attention(layer, q, k, v):
+def causal_attention(q, k, v):
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                # (B, heads, T, D)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
     return y.transpose(1, 2).flatten(2)
@@ -154,7 +157,7 @@ def block(c: GPTConfig, w, x, rope, attend):
     """One layer, x (B, T, C) -> (B, T, C), with the tensors of w; attend(q, k, v) -> (B, T, H D)."""
     B, T, _ = x.shape
     h = norm(x, w.norm1, w.norm1_bias, c.norm_eps)
-    qkv = F.linear(h, w.qkv, w.qkv_bias).view(B, T, -1, c.head_dim)                  # (B, T, H + 2 K, D)
+    qkv = F.linear(h, w.qkv, w.qkv_bias).view(B, T, c.n_head + 2 * c.n_kv_head, c.head_dim)    # (B, T, H + 2 K, D)
     qk, v = qkv[:, :, :-c.n_kv_head], qkv[:, :, -c.n_kv_head:]
     if c.qk_norm:
         qk = torch.cat((norm(qk[:, :, :c.n_head], w.q_norm, None, c.norm_eps),
@@ -172,21 +175,45 @@ def block(c: GPTConfig, w, x, rope, attend):
     return x + F.linear(h, w.down, w.down_bias)
 
 
-def trunk(c: GPTConfig, w, tokens, places, rope, attend):
-    """tokens (B, T) at positions places (B or 1, T) -> hidden (B, T, C) after the final norm. The only forward there is:
-    training, prefill and decoding differ in attend(layer, q, k, v) and in where the tensors of w come from."""
+def trunk(c: GPTConfig, w, tokens, places, rope, attend_in, block=block):
+    """tokens (B, T) at positions places (B or 1, T) -> hidden (B, T, C) after the final norm. Training, prefill and decoding on
+    a CPU differ in the attention that attend_in(layer) gives and in where the tensors of w come from."""
     x = F.embedding(tokens, w.embed)
     if c.positions == "learned":
         x = x + F.embedding(places, w.positions)
     else:
         rope = [F.embedding(places, table)[:, :, None] for table in rope]            # (B or 1, T, 1, D)
     for layer, weights in enumerate(w.blocks):
-        x = block(c, weights, x, rope, partial(attend, layer))
+        x = block(c, weights, x, rope, attend_in(layer))
     return norm(x, w.norm, w.norm_bias, c.norm_eps)
+
+
+def decode(c: GPTConfig, w, newest, lengths, alive, cache, rope, dtype):
+    """trunk for the newest token (n,) of each row, at position lengths - 1, by the kernels of a decoding step: hidden (n, C) in
+    dtype. A layer is four products and five launches; its keys and values go into cache (layers, 2, n, K, width, D)."""
+    x, delta, eps = F.embedding(newest, w.embed), None, c.norm_eps
+    if c.positions == "learned":
+        x = x + F.embedding(lengths - 1, w.positions)
+    for weights, kv in zip(w.blocks, cache):
+        x, h = add_norm(x, delta, weights.norm1, weights.norm1_bias, eps, dtype)     # the residual stream stays in fp32
+        qkv = F.linear(h, weights.qkv, weights.qkv_bias)                             # (n, (H + 2 K) D)
+        y = decode_attention(qkv, kv, lengths, alive, rope, weights.q_norm, weights.k_norm, eps)
+        x, h = add_norm(x, F.linear(y, weights.out, weights.out_bias), weights.norm2, weights.norm2_bias, eps, dtype)
+        h = activation(F.linear(h, weights.up, weights.up_bias), c.mlp == "swiglu")
+        delta = F.linear(h, weights.down, weights.down_bias)
+    return add_norm(x, delta, w.norm, w.norm_bias, eps, dtype)[1]
+
+
+@cache
+def compiled_block():
+    """`block` with all that lies between its products in a few kernels; compiled once for all layers and lengths."""
+    torch._dynamo.config.specialize_int = True          # the model's sizes are constants, rows and tokens are not
+    return torch.compile(block, dynamic=True)
 
 
 class GPT(nn.Module):
     """gpt(tokens (B, T)) -> hidden (B, T, C) after the final norm; the scripts apply `head_weight` in chunks."""
+    compiled = False                    # whether forward takes the compiled block; one switch for all models
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -206,12 +233,22 @@ class GPT(nn.Module):
         if T > c.max_len:
             raise InputError(f"rows of {T} tokens do not fit into the context of {c.max_len}")
         places = torch.arange(T, device=tokens.device)[None]
-        return trunk(c, self, tokens, places, rope_table(c, T, tokens.device), causal_attention)
+        return trunk(c, self, tokens, places, rope_table(c, T, tokens.device), lambda layer: causal_attention,
+                     compiled_block() if self.compiled else block)
 
     @property
     def head_weight(self):
         """(V, C), the embedding itself if the head is tied."""
         return self.embed if self.head is None else self.head
+
+    def frozen(self):
+        """A copy that is not trained, for the reference of a KL. On a GPU the matrices of its layers are in bf16: autocast would
+        round them to that each time, so the numbers are the same, in half of the memory."""
+        ref = copy.deepcopy(self).requires_grad_(False)
+        for name, p in ref.blocks.named_parameters():
+            if p.is_cuda and "norm" not in name:
+                p.data = p.data.bfloat16()
+        return ref
 
     def logits(self, tokens):
         """(B, T) -> (B, T, V), all of it in memory: for tests and small uses."""
@@ -309,13 +346,28 @@ def rows_at_once(gpt: GPT, rows: int, longest: int, width: int) -> int:
     return n
 
 
-def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, group_size: int = 1):
-    """Sample group_size responses to each prompt: tokens (B, T), response_mask (B, T-1), in the layout at the top of this
-    file; B = len(prompts) * group_size, the rows of a prompt are adjacent, T is the longest row.
+def draw_tokens(logits, greedy):
+    """sample_tokens in plain torch, with the device's generator: token, log-prob and whether all is finite, of logits (n, V)."""
+    finite = logits.sum(-1).isfinite()                  # a NaN or an infinity stays in it
+    probs = logits.softmax(-1)
+    if greedy:
+        new = logits.argmax(-1)
+    else:
+        # invert the cumulative distribution, in double: exact for rare tokens too, and one random number a row
+        cdf = probs.cumsum(-1, dtype=torch.float64)
+        u = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * cdf[:, -1:]
+        new = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    return new, probs.gather(1, new[:, None])[:, 0].log(), finite
 
-    A row ends with eos_id (in the mask) or after max_new_tokens. temperature 0 takes the most likely token. Draws come
-    from the device's global random generator. Raises InputError if a prompt is empty or prompt and response do not fit
-    into the context, FloatingPointError if a logit was not finite.
+
+def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, group_size: int = 1):
+    """Sample group_size responses to each prompt: tokens (B, T), response_mask (B, T-1) and the log-probs (B, T-1) with which
+    the tokens of the responses were drawn, in the layout at the top of this file; B = len(prompts) * group_size, the rows of
+    a prompt are adjacent, T is the longest row.
+
+    A row ends with eos_id (in the mask) or after max_new_tokens. temperature 0 takes the most likely token; another than 1
+    counts in the log-probs too. Draws hang on the device's global random generator. Raises InputError if a prompt is empty or
+    prompt and response do not fit into the context, FloatingPointError if a logit was not finite.
     """
     longest = max(map(len, prompts), default=0)
     if not prompts or not all(prompts) or max_new_tokens < 1:
@@ -327,17 +379,18 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     with torch.inference_mode():
         parts = [_generate(gpt, rows[i:i + n], max_new_tokens, temperature) for i in range(0, len(rows), n)]
         T = max(part[0].shape[1] for part in parts)
-        tokens = torch.cat([F.pad(part[0], (0, T - part[0].shape[1]), value=gpt.config.pad_id) for part in parts])
+        tokens, logprobs = (torch.cat([F.pad(part[i], (0, T - part[i].shape[1]), value=filler) for part in parts])
+                            for i, filler in ((0, gpt.config.pad_id), (3, 0.0)))
         prompt_lengths, lengths = (torch.cat([part[i] for part in parts]) for i in (1, 2))
     t = torch.arange(tokens.shape[1] - 1, device=tokens.device)
     response_mask = (t >= prompt_lengths[:, None] - 1) & (t < lengths[:, None] - 1)
-    return tokens.clone(), response_mask                # a clone made here is an ordinary tensor: autograd takes it
+    return tokens.clone(), response_mask, logprobs[:, 1:].clone()    # a clone made here is an ordinary tensor: autograd takes it
 
 
 def _generate(gpt, prompts, max_new_tokens, temperature):
-    """One sample to each of the prompts (tuples), all at once: tokens (B, T), prompt_lengths (B,), lengths (B,) and, for
-    temperatures above 0, the log-probs (B, T) with which the tokens of the response were sampled."""
-    c, device = gpt.config, gpt.embed.device
+    """One sample to each of the prompts (tuples), all at once: tokens (B, T), prompt_lengths (B,), lengths (B,) and the
+    log-probs (B, T) with which the tokens of the response were drawn."""
+    c, device, fused = gpt.config, gpt.embed.device, use_triton(gpt.embed)
     on_cuda, (look_every, smallest, granule, capture) = device.type == "cuda", SCHEDULE[device.type]
     longest = max(map(len, prompts))
     dtype = torch.bfloat16 if on_cuda else torch.float32
@@ -357,8 +410,9 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
     lengths = prompt_lengths[source]                    # tokens in the row so far
     alive = torch.ones(B, dtype=torch.bool, device=device)
     order = torch.arange(B, device=device)              # which row of the result
-    logprobs = torch.zeros(B, width, device=device)     # of the tokens that were sampled at a temperature, at their places
-    health = torch.zeros(B, device=device)              # sum of all logits: a NaN or an infinity stays in it
+    logprobs = torch.zeros(B, width, device=device)     # of the tokens that were drawn, at their places
+    healthy = torch.ones(B, dtype=torch.bool, device=device)         # all logits were finite so far
+    seed = torch.randint(2 ** 63 - 1, (), device=device) if fused else None
     # zeros, not empty: a masked key still multiplies its value by 0, and 0 * NaN = NaN
     kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, width, c.head_dim, dtype=dtype, device=device)
 
@@ -368,32 +422,31 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
             logits = torch.mm(hidden.to(dtype), w.head.t(), out_dtype=torch.float32)     # bf16 logits would be too coarse
         else:
             logits = F.linear(hidden, w.head)
-        health[:n] += logits.sum(-1)
-        if temperature == 0:
-            new = logits.argmax(-1)
+        if temperature not in (0, 1):
+            logits = logits / temperature
+        if fused:
+            new, logprob, finite = sample_tokens(logits, seed, lengths[:n], order[:n], greedy=temperature == 0)
         else:
-            # invert the cumulative distribution, in double: exact for rare tokens too, and one random number a row
-            probs = (logits / temperature).softmax(-1)
-            cdf = probs.cumsum(-1, dtype=torch.float64)
-            u = torch.rand(n, 1, dtype=torch.float64, device=device) * cdf[:, -1:]
-            new = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp_(max=c.vocab_size - 1)
-            logprobs[:n].scatter_(1, lengths[:n, None], probs.gather(1, new[:, None]).log())
+            new, logprob, finite = draw_tokens(logits, greedy=temperature == 0)
+        healthy[:n] &= finite
         new = torch.where(alive[:n], new, c.pad_id)
         tokens[:n].scatter_(1, lengths[:n, None], new[:, None])
+        logprobs[:n].scatter_(1, lengths[:n, None], logprob[:, None])
         lengths[:n] += alive[:n]                        # an ended row stands still until it leaves
         alive[:n] &= new != c.eos_id
 
     def prefill_attention(layer, q, k, v):
         for cached, x in zip(kv[layer], (k, v)):
             cached[:, :, :longest] = x.transpose(1, 2)[source]      # a prompt is computed once and shared out
-        return causal_attention(layer, q, k, v)
+        return causal_attention(q, k, v)
 
     def decode_step(n, columns):
-        """A function that takes the first n rows one token further, attending to the first columns of the cache only."""
+        """A function that takes the first n rows one token further, attending to the first columns of the cache only; the
+        kernels attend to a row's own columns anyway."""
         rows, places = torch.arange(n, device=device), torch.arange(columns, device=device)
         caches = [(*layer[:, :n], *layer[:, :n, :, :columns]) for layer in kv]       # views, made once
 
-        def attend(visible, at, layer, q, k, v):
+        def attend(layer, visible, at, q, k, v):
             keys, values, seen_keys, seen_values = caches[layer]
             keys[rows, :, at], values[rows, :, at] = k[:, 0].to(dtype), v[:, 0].to(dtype)
             # the query heads that share a key head are as good as several queries in one row
@@ -405,9 +458,13 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
             at = lengths[:n] - 1                        # where the newest tokens are
             visible = (places <= at[:, None])[:, None, None]                         # (n, 1, 1, columns)
             newest = tokens[:n].gather(1, at[:, None])
-            add_tokens(n, trunk(c, w, newest, at[:, None], rope, partial(attend, visible, at))[:, 0])
+            add_tokens(n, trunk(c, w, newest, at[:, None], rope, lambda layer: partial(attend, layer, visible, at))[:, 0])
 
-        return step
+        def fused_step():
+            newest = tokens[:n].gather(1, lengths[:n, None] - 1)[:, 0]
+            add_tokens(n, decode(c, w, newest, lengths[:n], alive[:n], kv[:, :, :n], rope, dtype))
+
+        return fused_step if fused else step
 
     def drop_ended(n):
         """Swap ended rows behind those that go on; how many rows the next steps take. The only device-to-host sync of the
@@ -427,24 +484,27 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
 
     # the matrices are bf16 already: autocast rounds where it does in training and leaves the residual stream in fp32
     with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda, cache_enabled=False):
-        hidden = trunk(c, w, padded, torch.arange(longest, device=device)[None], rope, prefill_attention)
+        hidden = trunk(c, w, padded, torch.arange(longest, device=device)[None], rope,
+                       lambda layer: partial(prefill_attention, layer))
         ends = hidden[torch.arange(len(distinct), device=device), prompt_lengths - 1]
         add_tokens(B, ends[source])
-        n, done, shape, step = drop_ended(B), 1, None, None
+        n, done, shape = drop_ended(B), 1, None
         pool = torch.cuda.MemPool() if on_cuda else None            # all graphs of a call share it: one runs at a time
+        recorded = []                                   # all stay until the end: a pool that no graph uses takes no other one
         while n and done < max_new_tokens:
-            columns = min(width, math.ceil((longest + done) / granule) * granule)
+            columns = width if fused else min(width, math.ceil((longest + done) / granule) * granule)
             if shape != (n, columns):
                 shape, step = (n, columns), decode_step(n, columns)
                 if capture:
                     step = Recorded(step, partial(capture, pool))
+                    recorded.append(step)
             for _ in range(min(look_every, columns - longest - done + 1, max_new_tokens - done)):
                 step()
                 done += 1
             n = drop_ended(n)
-        step = None                                     # its graph goes before the pool, whose memory the device gets back
+        step = recorded = None                          # graphs go before their pool, whose memory the device gets back
 
-    if not health.isfinite().all():
+    if not healthy.all():
         raise FloatingPointError("generate: the model gave logits that are NaN or infinite")
     back = order.argsort()
     T = int(lengths.max())

@@ -78,6 +78,7 @@ class Args:
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
+    compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     resume: bool = False             # go on with the run in --out exactly where it was saved
     # model from nothing, used without --model (small and many steps beats large and few)
     n_layer: int = 2                 # layers
@@ -231,6 +232,7 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     """One sampled response per problem, checked and scored: a dict of (B, T-1) tensors for the update, and a dict to log."""
     data, texts, answers = respond(policy, problems, tokenizer, args)
     data |= token_stats(policy, ref, data, args, critic)                                 # old_logprobs, ref_logprobs, kl ...
+    gap = sampler_gap(data)
     mask, outcomes, values = data["response_mask"], data["outcomes"], data["old_values"]
     kl_k1 = data["old_logprobs"] - data["ref_logprobs"]                                  # one-sample estimate of the KL
     rewards = token_rewards(outcomes, kl_k1, data["kl"], mask, args)
@@ -239,7 +241,7 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     advantages, sigma = whiten(advantages, mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
     data |= {"advantages": advantages, "returns": returns,
              "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}                  # as k1's penalty is divided by sigma
-    log = means(measures(data, answers)) | {
+    log = means(measures(data, answers)) | gap | {
         "outcome": outcomes.mean(), "no_signal": outcomes.min() == outcomes.max(), "explained_variance": explained,
         "kl": data["kl"].sum(1).mean(), "kl_k1": kl_k1.sum(1).mean(), "entropy": masked_mean(data["entropy"], mask)}
     return data, {k: float(v) for k, v in log.items()} | {"tokens": int(mask.sum()), "sample": problems[0]["header"] + texts[0]}
@@ -295,7 +297,7 @@ def main(args):
         tell("before", evaluate(policy, test, tokenizer, args), state, args)
 
     # the warm-up model is the initial policy, the frozen reference, and the trunk of the value function
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref = policy.frozen()
     rows, steps = [sft_row(p) for p in train], math.ceil(args.ppo_epochs * args.batch_size / args.warmup_batch_size)
     critic = add_critic(policy, args)
     loss_of = functools.partial(loss_fn, policy, critic, ref, args)
@@ -712,6 +714,7 @@ def initial_policy(args):
     torch.manual_seed(args.seed)
     if args.model:
         policy, tokenizer = load_checkpoint(args.model)
+        GPT.compiled = args.compile and args.device == "cuda"
     else:
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
@@ -779,11 +782,12 @@ def read_number(text):
 
 @torch.no_grad()
 def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
-    """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask (B, T-1), ended (B,),
-    outcomes (B,)}, texts and answers. ended: stopped by itself, not cut off."""
-    tokens, mask = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
+    """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask and sampled_logprobs
+    (B, T-1), ended and outcomes (B,)}, texts and answers. ended: stopped by itself, not cut off."""
+    tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
     problems = [p for p in problems for _ in range(group_size)]
-    data = {"tokens": tokens, "response_mask": mask, "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
+    data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
+            "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
     texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
     answers = read_answers(texts, problems, args)
     return data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers
@@ -805,11 +809,16 @@ def means(found):
     return {name: torch.tensor(values, dtype=torch.float64).mean(0).tolist() for name, values in found.items()}
 
 
+def in_batches(problems, args, count=1):
+    """The problems in batches for `count` samples each; on a GPU generate() splits what does not fit into memory."""
+    size = max(1, (4096 if args.device == "cuda" else args.minibatch_size) // count)
+    return [problems[i:i + size] for i in range(0, len(problems), size)]
+
+
 def evaluate(policy, problems, tokenizer, args, temperature=0):
     """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise."""
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
-    for i in tqdm(range(0, len(problems), args.minibatch_size), "evaluation", disable=None, leave=False):
-        batch = problems[i:i + args.minibatch_size]
+    for batch in tqdm(in_batches(problems, args), "evaluation", disable=None, leave=False):
         measured, text = attempt(policy, batch, tokenizer, args, temperature)
         for name, values in measured.items():
             found.setdefault(name, []).extend(values)
@@ -836,11 +845,13 @@ def pack(rows, policy):
 
 
 def micro_batches(batch, size):
-    """(rows, micro-batch) pairs: `size` rows of like length, cut to the longest of them, so that little padding is computed."""
+    """(rows, micro-batch) pairs: `size` rows of like length, cut to the longest of them, so that little padding is computed; on
+    a GPU to a multiple of 64, which its kernels like."""
+    granule = 64 if batch["tokens"].is_cuda else 1
     columns = torch.arange(2, batch["tokens"].shape[1] + 1, device=batch["tokens"].device)
     lengths = (batch["response_mask"] * columns).amax(1).cpu()       # (B,) tokens before the padding
     for rows in lengths.argsort(stable=True).split(size):
-        width = int(lengths[rows].max())
+        width = math.ceil(int(lengths[rows].max()) / granule) * granule
         yield rows, {k: v[rows] if v.dim() == 1 else v[rows, :width if k == "tokens" else width - 1]
                      for k, v in batch.items()}
 
@@ -881,6 +892,12 @@ def token_stats(policy, ref, data, args, critic=None):
     return stats
 
 
+def sampler_gap(data):
+    """Mean and largest |log-prob at sampling - recomputed| of the sampled tokens: generation rounds in another order."""
+    gap = (data.pop("sampled_logprobs") - data["old_logprobs"])[data["response_mask"]].abs()
+    return {"sampler_gap": gap.mean(), "sampler_gap_max": gap.max()}
+
+
 def adamw(modules, lr):
     """AdamW without weight decay over the parameters of some modules, each once."""
     return torch.optim.AdamW(torch.nn.ModuleList(modules).parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -889,13 +906,13 @@ def adamw(modules, lr):
 def optimiser_step(loss_of, minibatch, optimizer, args):
     """One step on the rows of a minibatch; loss_of(micro, minibatch) gives a micro-batch's share of the loss and of the logged
     means. Returns those and grad_norm as floats; a FloatingPointError names what is not finite, before any weight changes."""
-    optimizer.zero_grad()
     totals = {}
     for _, micro in micro_batches(minibatch, args.micro_batch_size):
         with autocast(micro["tokens"]):
             loss, stats = loss_of(micro, minibatch)
         loss.backward()
-        totals = {k: totals.get(k, 0) + v.detach() for k, v in stats.items()}
+        totals = {k: torch.maximum(totals.get(k, v), v) if k.endswith("_max") else totals.get(k, 0) + v
+                  for k, v in ((k, v.detach()) for k, v in stats.items())}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
     totals = dict(zip(totals, torch.stack(list(totals.values())).tolist()))              # one device-to-host copy
@@ -903,6 +920,7 @@ def optimiser_step(loss_of, minibatch, optimizer, args):
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
     optimizer.step()
+    optimizer.zero_grad()                                            # gone, not zeros: rollouts have the memory
     return totals
 
 

@@ -32,7 +32,6 @@ paper, its loop (main), its baselines, and last what all four scripts have in co
 """
 import argparse
 import atexit
-import copy
 import datetime
 import functools
 import hashlib
@@ -81,6 +80,7 @@ class Args:
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
+    compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     resume: bool = False             # go on with the run in --out exactly where it was saved
     # model from nothing, used without --model (small and many steps beats large and few)
     n_layer: int = 2                 # layers
@@ -157,13 +157,14 @@ def reward(answers, problems, args):
 
 
 def one_turn(policy, problems, tokenizer, args, temperature=1.0):
-    """An attempt at each problem, {"ids", "text", "answer", "outcome", "ended"}. One that ran out of room has no answer."""
+    """An attempt at each problem, {"ids", "logprobs", "text", "answer", "outcome", "ended"}; no answer if it ran out of room."""
     if not problems:
         return []
     data, texts, answers = respond(policy, problems, tokenizer, args, temperature)
-    attempts = zip(response_ids(data), texts, answers, data["outcomes"].tolist(), data["ended"].tolist())
-    return [{"ids": ids, "text": text, "answer": answer if ended else None, "outcome": outcome if ended else 0.0, "ended": ended}
-            for ids, text, answer, outcome, ended in attempts]
+    logprobs = [row[chosen].tolist() for row, chosen in zip(data["sampled_logprobs"].cpu(), data["response_mask"].cpu())]
+    attempts = zip(response_ids(data), logprobs, texts, answers, data["outcomes"].tolist(), data["ended"].tolist())
+    return [{"ids": ids, "logprobs": logprobs, "text": text, "answer": answer if ended else None,
+             "outcome": outcome if ended else 0.0, "ended": ended} for ids, logprobs, text, answer, outcome, ended in attempts]
 
 
 def two_turns(policy, problems, tokenizer, args, temperature=1.0):
@@ -230,6 +231,8 @@ def rollout(policy, ref, problems, stage, tokenizer, args):
         problems = offline_first(ref, problems, tokenizer, args)
     first, second = two_turns(policy, problems, tokenizer, args)
     tokens, turn1_mask, turn2_mask = turn_rows(policy, problems, first, second)
+    sampled_logprobs = place(torch.tensor([x for pair in zip(first, second) for y in pair for x in y["logprobs"]],
+                                          device=tokens.device), turn1_mask | turn2_mask)
     column = functools.partial(torch.tensor, device=tokens.device)                       # (B,)
     outcomes1, outcomes2 = [column([y["outcome"] for y in turn]) for turn in (first, second)]
     own = column(["first" not in p for p in problems])
@@ -237,7 +240,8 @@ def rollout(policy, ref, problems, stage, tokenizer, args):
     trained = turn1_mask if args.method == "single-turn" else turn1_mask | turn2_mask
     c1, c2 = args.beta2 if stage == 1 else args.beta1, args.beta1
     kl_weight = torch.where(trained, c1 * turn1_mask + c2 * turn2_mask, 0)
-    data = {"tokens": tokens, "response_mask": trained, "turn1_mask": turn1_mask, "kl_weight": kl_weight}
+    data = {"tokens": tokens, "response_mask": trained, "turn1_mask": turn1_mask, "kl_weight": kl_weight,
+            "sampled_logprobs": sampled_logprobs}
     kl_k1 = torch.zeros_like(kl_weight)
     if args.kl_mode == "reward":                                     # in the returns, and not in the loss
         stats, data["kl_weight"] = token_stats(policy, ref, data, args), torch.zeros_like(kl_weight)
@@ -262,10 +266,12 @@ def loss_fn(policy, ref, micro, minibatch):
     logprobs, entropy, kl, ref_logprobs = [place(x, mask) for x in stats]
     policy_loss = -(micro["advantages"] * logprobs).sum() / rows                                                     # S2
     kl_loss = (micro["kl_weight"] * kl).sum() / rows                                                                 # S8
+    gap = torch.where(mask, logprobs.detach() - micro["sampled_logprobs"], 0).abs()      # generation rounds in another order
     return policy_loss + kl_loss, {
         "policy_loss": policy_loss, "kl_loss": kl_loss, "kl": kl.sum() / rows, "kl_k1": (logprobs - ref_logprobs).sum() / rows,
         "kl_1": torch.where(turn1_mask, kl, 0).sum() / rows, "kl_2": torch.where(turn1_mask, 0, kl).sum() / rows,
-        "entropy": entropy.sum() / minibatch["response_mask"].sum()}
+        "entropy": entropy.sum() / minibatch["response_mask"].sum(),
+        "sampler_gap": gap.sum() / minibatch["response_mask"].sum(), "sampler_gap_max": gap.max()}
 
 
 # ==== the loop ================================================================================================================
@@ -280,7 +286,7 @@ def main(args):
         tell("before", turn_report(policy, test, tokenizer, args), state, args)
 
     # the warm-up model is the base: the initial policy and, in both stages, the frozen reference
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref = policy.frozen()
     loss_of = functools.partial(loss_fn, policy, ref)
     modules, optimizer = {"policy": policy}, adamw([policy], args.lr)
     by = "t1" if args.method == "single-turn" else "outcome"         # outcome: t1 + t2
@@ -473,8 +479,7 @@ def fixed_and_own(policy, ref, problems, tokenizer, args):
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
     for name, author in (("fixed", ref), ("own", policy)):
         torch.manual_seed(args.seed)
-        batches = [problems[i:i + args.minibatch_size] for i in range(0, len(problems), args.minibatch_size)]
-        first = [y1 for batch in batches for y1 in one_turn(author, batch, tokenizer, args)]
+        first = [y1 for batch in in_batches(problems, args) for y1 in one_turn(author, batch, tokenizer, args)]
         rates = evaluate(policy, [p | {"first": y1} for p, y1 in zip(problems, first)], tokenizer, args)
         found |= {f"{name}_{key}": rates[key] for key in ("t1", "t2", "i->c", "c->i")}
     return found
@@ -988,6 +993,7 @@ def initial_policy(args):
     torch.manual_seed(args.seed)
     if args.model:
         policy, tokenizer = load_checkpoint(args.model)
+        GPT.compiled = args.compile and args.device == "cuda"
     else:
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
@@ -1055,11 +1061,12 @@ def read_number(text):
 
 @torch.no_grad()
 def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
-    """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask (B, T-1), ended (B,),
-    outcomes (B,)}, texts and answers. ended: stopped by itself, not cut off."""
-    tokens, mask = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
+    """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask and sampled_logprobs
+    (B, T-1), ended and outcomes (B,)}, texts and answers. ended: stopped by itself, not cut off."""
+    tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
     problems = [p for p in problems for _ in range(group_size)]
-    data = {"tokens": tokens, "response_mask": mask, "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
+    data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
+            "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
     texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
     answers = read_answers(texts, problems, args)
     return data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers
@@ -1081,11 +1088,16 @@ def means(found):
     return {name: torch.tensor(values, dtype=torch.float64).mean(0).tolist() for name, values in found.items()}
 
 
+def in_batches(problems, args, count=1):
+    """The problems in batches for `count` samples each; on a GPU generate() splits what does not fit into memory."""
+    size = max(1, (4096 if args.device == "cuda" else args.minibatch_size) // count)
+    return [problems[i:i + size] for i in range(0, len(problems), size)]
+
+
 def evaluate(policy, problems, tokenizer, args, temperature=0):
     """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise."""
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
-    for i in tqdm(range(0, len(problems), args.minibatch_size), "evaluation", disable=None, leave=False):
-        batch = problems[i:i + args.minibatch_size]
+    for batch in tqdm(in_batches(problems, args), "evaluation", disable=None, leave=False):
         measured, text = attempt(policy, batch, tokenizer, args, temperature)
         for name, values in measured.items():
             found.setdefault(name, []).extend(values)
@@ -1112,11 +1124,13 @@ def pack(rows, policy):
 
 
 def micro_batches(batch, size):
-    """(rows, micro-batch) pairs: `size` rows of like length, cut to the longest of them, so that little padding is computed."""
+    """(rows, micro-batch) pairs: `size` rows of like length, cut to the longest of them, so that little padding is computed; on
+    a GPU to a multiple of 64, which its kernels like."""
+    granule = 64 if batch["tokens"].is_cuda else 1
     columns = torch.arange(2, batch["tokens"].shape[1] + 1, device=batch["tokens"].device)
     lengths = (batch["response_mask"] * columns).amax(1).cpu()       # (B,) tokens before the padding
     for rows in lengths.argsort(stable=True).split(size):
-        width = int(lengths[rows].max())
+        width = math.ceil(int(lengths[rows].max()) / granule) * granule
         yield rows, {k: v[rows] if v.dim() == 1 else v[rows, :width if k == "tokens" else width - 1]
                      for k, v in batch.items()}
 
@@ -1157,6 +1171,12 @@ def token_stats(policy, ref, data, args, critic=None):
     return stats
 
 
+def sampler_gap(data):
+    """Mean and largest |log-prob at sampling - recomputed| of the sampled tokens: generation rounds in another order."""
+    gap = (data.pop("sampled_logprobs") - data["old_logprobs"])[data["response_mask"]].abs()
+    return {"sampler_gap": gap.mean(), "sampler_gap_max": gap.max()}
+
+
 def adamw(modules, lr):
     """AdamW without weight decay over the parameters of some modules, each once."""
     return torch.optim.AdamW(torch.nn.ModuleList(modules).parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -1165,13 +1185,13 @@ def adamw(modules, lr):
 def optimiser_step(loss_of, minibatch, optimizer, args):
     """One step on the rows of a minibatch; loss_of(micro, minibatch) gives a micro-batch's share of the loss and of the logged
     means. Returns those and grad_norm as floats; a FloatingPointError names what is not finite, before any weight changes."""
-    optimizer.zero_grad()
     totals = {}
     for _, micro in micro_batches(minibatch, args.micro_batch_size):
         with autocast(micro["tokens"]):
             loss, stats = loss_of(micro, minibatch)
         loss.backward()
-        totals = {k: totals.get(k, 0) + v.detach() for k, v in stats.items()}
+        totals = {k: torch.maximum(totals.get(k, v), v) if k.endswith("_max") else totals.get(k, 0) + v
+                  for k, v in ((k, v.detach()) for k, v in stats.items())}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
     totals = dict(zip(totals, torch.stack(list(totals.values())).tolist()))              # one device-to-host copy
@@ -1179,6 +1199,7 @@ def optimiser_step(loss_of, minibatch, optimizer, args):
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
     optimizer.step()
+    optimizer.zero_grad()                                            # gone, not zeros: rollouts have the memory
     return totals
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels import tl, triton, use_triton
 from kernels.logprob import LOG2E
 
-COLUMNS = 64                    # of the cache that are read at a time
+TILE = 4096                     # numbers of keys, and of values, that are read at a time: by one warp, of which a processor has many
 
 
 def norm_reference(x, weight, bias, eps):
@@ -190,13 +190,13 @@ def activation_kernel(
 def launch_attention(y, qkv, cache, lengths, alive, cos, sin, q_norm, k_norm, eps):
     """`decode_attention` into y (B, H D), without an allocation: fit for a recorded graph. All but the cache contiguous."""
     (_, B, K, _, D), (_, *strides, _) = cache.shape, cache.stride()
-    group = qkv.shape[1] // D // K - 2
+    group, wide = qkv.shape[1] // D // K - 2, max(16, triton.next_power_of_2(D))        # 16: the least that tl.dot takes
     with torch.cuda.device_of(qkv):
         if B:
             attention_kernel[(B, K)](
                 qkv, cache[0], cache[1], lengths, alive, cos, sin, q_norm, k_norm, y, *strides, K=K, GROUP=group, D=D,
                 EPS=eps, SCALE=LOG2E.value / math.sqrt(D), HEADS=max(16, triton.next_power_of_2(group)),
-                WIDE=triton.next_power_of_2(D), BLOCK=COLUMNS, num_warps=4)
+                WIDE=wide, BLOCK=TILE // wide, num_warps=1, num_stages=2)
     return y
 
 

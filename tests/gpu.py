@@ -5,6 +5,7 @@
     correctness   the tests of the kernels and all that are marked `cuda`, by pytest, a process for each file
     defaults      the default runs of the four scripts side by side: each must end within 3 points of what a CPU gives
     kernels       the tables of kernels/ beside torch and other libraries; whole in OUT/kernels.json
+    decode        the parts of a decoding step, products too: microseconds, and share of the time that their bytes take
     generate      100 + 256 tokens, random weights in the shapes of real models, beside transformers and the byte floor
     iteration     one iteration of ppo_reft.py and prl.py: seconds and MFU by phase, peak memory; beside TRL's GRPO trainer
     train         with --model: ppo_reft.py on that checkpoint and that data, until the time is over
@@ -15,7 +16,6 @@ output is in OUT/SECTION.log. After each section OUT/gpu.json has all results so
 too. With trl, transformers and liger-kernel installed the tables have them for comparison.
 """
 import argparse
-import copy
 import functools
 import importlib
 import importlib.metadata
@@ -42,11 +42,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from model import GPT, GPTConfig, Tokenizer, generate
+from model import GPT, GPTConfig, Tokenizer, generate, rope_table
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-WEIGHTS = {"correctness": 2, "defaults": 4, "kernels": 3, "generate": 2, "iteration": 2, "train": 4}     # most valuable first
+WEIGHTS = {"correctness": 2, "defaults": 4, "kernels": 3, "decode": 1, "generate": 2, "iteration": 2,
+           "train": 4}                                               # most valuable first
 SHAPES = {"SmolLM2-135M": dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536),
           "Qwen2.5-0.5B": dict(vocab_size=151936, n_layer=24, n_head=14, n_kv_head=2, n_embd=896, n_inner=4864, qkv_bias=True),
           "Qwen2.5-1.5B": dict(vocab_size=151936, n_layer=28, n_head=12, n_kv_head=2, n_embd=1536, n_inner=8960, qkv_bias=True)}
@@ -221,6 +222,54 @@ def kernels(args):
             fail(f"kernels.{name}", last)
 
 
+def decode_parts(args):
+    bandwidth, _ = ceilings()
+    for shape in list(SHAPES)[:2]:
+        for rows in BATCHES:
+            attempt(f"{shape}, {rows} rows", decode_step, shape, rows, bandwidth)
+
+
+@torch.inference_mode()
+def decode_step(shape, B, bandwidth):
+    """Microseconds of each part of a decoding step, half way through its NEW tokens: a part runs once for each layer, so that
+    weights and cache come from memory as they do in a step, in one CUDA graph."""
+    from kernels import decode, sample
+    c = GPTConfig(**SHAPES[shape], eos_id=0)
+    H, K, D, C, L, dtype = c.n_head, c.n_kv_head, c.head_dim, c.n_embd, c.n_layer, torch.bfloat16 if CUDA else torch.float32
+    normal = functools.partial(torch.randn, device=DEVICE, dtype=dtype)
+    length, found = PROMPT + NEW // 2, {}
+
+    def measure(name, part, nbytes, times=L):
+        part(0)                                                      # compiles
+        run = lambda: [part(layer) for layer in range(times)]
+        if CUDA:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            run = graph.replay
+        run()
+        microseconds = 1e6 * statistics.median(seconds_of(run) for _ in range(9)) / times
+        found.update({f"{name}_us": microseconds, f"{name}_share": 1e6 * nbytes / bandwidth / microseconds})
+
+    size, x, weight = torch.tensor([], dtype=dtype).itemsize, normal(B, C).float(), torch.ones(C, device=DEVICE)
+    lengths, alive = torch.full((B,), length, device=DEVICE), torch.ones(B, dtype=torch.bool, device=DEVICE)
+    cache, qkv, rope = normal(L, 2, B, K, PROMPT + NEW, D), normal(B, (H + 2 * K) * D), rope_table(c, PROMPT + NEW, DEVICE)
+    measure("attention", lambda layer: decode.decode_attention(qkv, cache[layer], lengths, alive, rope),
+            size * (2 * B * K * length * D + B * (2 * H + 4 * K) * D))
+    del cache
+    delta, h = normal(B, C), normal(B, 2 * c.n_inner)
+    measure("add_norm", lambda layer: decode.add_norm(x, delta, weight, None, 1e-5, dtype), B * C * (8 + 2 * size))
+    measure("activation", lambda layer: decode.activation(h, True), size * B * 3 * c.n_inner)
+    for name, rows, columns in (("qkv", (H + 2 * K) * D, C), ("out", C, H * D), ("up", 2 * c.n_inner, C), ("down", C, c.n_inner)):
+        weights, inputs = normal(L, rows, columns), normal(B, columns)
+        measure(name, lambda layer: inputs @ weights[layer].T, size * (weights[0].numel() + B * (rows + columns)))
+    logits, seed = normal(B, c.vocab_size).float(), torch.tensor(1, device=DEVICE)
+    for greedy in (False, True):
+        measure("greedy" if greedy else "sample", lambda layer: sample.sample_tokens(logits, seed, lengths, greedy=greedy),
+                4 * logits.numel(), times=4)
+    return found
+
+
 def generation(args):
     bandwidth, _ = ceilings()
 
@@ -261,12 +310,13 @@ def iteration(args):
     shapes = list(SHAPES)[:2]
     for shape in shapes:
         for script in ("ppo_reft", "prl"):
-            attempt(f"{shape}, {script}.py", our_iteration, script, shape, peak)
+            attempt(f"{shape}, {script}.py", our_iteration, script, shape, peak, True)
+        attempt(f"{shape}, prl.py --no-compile", our_iteration, "prl", shape, peak, False)
     for shape in shapes:
         attempt(f"{shape}, TRL's GRPO trainer", trl_iteration, shape, package="trl")
 
 
-def our_iteration(name, shape, peak):
+def our_iteration(name, shape, peak, compiled):
     """Seconds and MFU by phase of the second of two iterations: ROWS responses of NEW tokens each, one pass over them. All that
     knows the inside of a script is here."""
     script, (policy, tokenizer), group = importlib.import_module(name), random_model(shape), 1 if name == "ppo_reft" else GROUP
@@ -274,7 +324,8 @@ def our_iteration(name, shape, peak):
              f"--max-new-tokens {NEW} --ppo-epochs 1 --train-size {ROWS} --eval-size 8").split()
     args = script.parse_args(flags + (["--group-size", str(group)] if group > 1 else []))
     problems = [problem | {"prompt": ids} for problem, ids in zip(script.prepare(args)[2], random_prompts(ROWS // group, shape))]
-    known = {"policy": policy, "ref": copy.deepcopy(policy).requires_grad_(False), "tokenizer": tokenizer, "problems": problems,
+    GPT.compiled = CUDA and compiled
+    known = {"policy": policy, "ref": policy.frozen(), "tokenizer": tokenizer, "problems": problems,
              "args": args, "critic": script.add_critic(policy, args) if hasattr(script, "add_critic") else None}
     optimizer, spent = script.adamw([policy], args.lr), {}
 
@@ -298,7 +349,7 @@ def our_iteration(name, shape, peak):
 
     rollout, loss_of = bind(script.rollout), bind(script.loss_fn)
     with mock.patch.multiple(script, **{phase: watch(phase) for phase in ("generate", "respond", "token_stats", "update")}):
-        one()
+        first = seconds_of(one)                                      # and all that is compiled
         peak_GiB()
         whole = seconds_of(one)
 
@@ -311,7 +362,7 @@ def our_iteration(name, shape, peak):
     rows = forward(ROWS, PROMPT + NEW, NEW)
     spent |= {"check": spent.pop("respond") - spent["generate"], "score": spent.pop("token_stats")}
     work = {"generate": rows - forward(ROWS, PROMPT, 0) + forward(ROWS // group, PROMPT, 0), "score": 2 * rows, "update": 3 * rows}
-    return {"seconds": whole} | {f"{phase}_s": value for phase, value in spent.items()} | {
+    return {"seconds": whole, "first_s": first} | {f"{phase}_s": value for phase, value in spent.items()} | {
         f"{phase}_MFU": flop / spent[phase] / peak for phase, flop in work.items()} | {
         "MFU": sum(work.values()) / whole / peak} | peak_GiB()
 
@@ -368,8 +419,8 @@ def train(args):
         fail("ppo_reft.py", last)
 
 
-SECTIONS = {"correctness": correctness, "defaults": defaults, "kernels": kernels, "generate": generation, "iteration": iteration,
-            "train": train}
+SECTIONS = {"correctness": correctness, "defaults": defaults, "kernels": kernels, "decode": decode_parts, "generate": generation,
+            "iteration": iteration, "train": train}
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------------------

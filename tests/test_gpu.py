@@ -10,6 +10,7 @@ import gpu
 def call(monkeypatch, out, *flags):
     """Exit status and gpu.json of `python tests/gpu.py flags`; only its sections are processes of their own."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(gpu, "CUDA", False)
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["tests/gpu.py", "--out", str(out), *map(str, flags)])
     with pytest.raises(SystemExit) as end:

@@ -29,12 +29,14 @@ class Case:
     warps: int = 8
     registers: int = 64
     dtypes: tuple = "bf16", "fp32"  # of logits
+    stages: int = 3
 
 
 def attention(D, group, **absent):
-    """Of 8 key heads. An element is one of the cache; 128 registers leave room for four programs on a processor."""
-    sizes = dict(K=8, GROUP=group, D=D, EPS=1e-6, SCALE=0.18, HEADS=16, WIDE=1 << (D - 1).bit_length(), BLOCK=64)
-    return Case("decode", "attention_kernel", sizes | absent, 2 * 64 * D, 5, 4, 128, ("bf16",))
+    """Of 8 key heads. An element is one of the cache. One warp with all the registers it can have: ten fit on a processor."""
+    wide = 1 << (D - 1).bit_length()
+    sizes = dict(K=8, GROUP=group, D=D, EPS=1e-6, SCALE=0.18, HEADS=16, WIDE=wide, BLOCK=4096 // wide)
+    return Case("decode", "attention_kernel", sizes | absent, 2 * 4096 // wide * D, 5, 1, 255, ("bf16",), 2)
 
 
 CASES = {
@@ -70,7 +72,7 @@ def variants():
                 yield case, target, logits
 
 
-def compile_for(kernel, constants, logits, target, warps):
+def compile_for(kernel, constants, logits, target, warps, stages):
     import triton
     pointers = POINTERS | dict(z_ptr=logits, r_ptr=logits)                              # the others float32
     types = {n: "constexpr" if n in constants else "*" + pointers.get(n, "fp32") if n.endswith("_ptr") else "i32"
@@ -79,7 +81,7 @@ def compile_for(kernel, constants, logits, target, warps):
     source = triton.compiler.ASTSource(
         fn=kernel, signature=types, constexprs={(index(n),): value for n, value in constants.items()},
         attrs={(index(n),): [["tt.divisibility", 16]] for n in types if n not in constants})        # aligned arguments
-    return triton.compile(source, target=triton.backends.compiler.GPUTarget(*target), options=dict(num_warps=warps))
+    return triton.compile(source, target=triton.backends.compiler.GPUTarget(*target), options=dict(num_warps=warps, num_stages=stages))
 
 
 def machine_code(cubin):
@@ -121,7 +123,7 @@ def main():
     for case, target, logits in variants():
         c = CASES[case]
         kernel = getattr(importlib.import_module(f"kernels.{c.file}"), c.kernel)
-        compiled[target][case, logits] = compile_for(kernel, c.constants, logits, TARGETS[target], c.warps).asm
+        compiled[target][case, logits] = compile_for(kernel, c.constants, logits, TARGETS[target], c.warps, c.stages).asm
     for target, texts in compiled.items():
         if TARGETS[target][0] == "hip":
             codes = [re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", asm["amdgcn"]) for asm in texts.values()]

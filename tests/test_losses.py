@@ -352,9 +352,10 @@ def test_exact_kl_is_never_negative_while_k1_can_be():
 def gradients(micro_batch_size, kind):
     args = dataclasses.replace(TOY, micro_batch_size=micro_batch_size, kl=kind, grad_clip=1e9)
     policy, ref, data, _ = toy_rollout(dataclasses.replace(args, micro_batch_size=12))
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    optimizer, gradient = torch.optim.SGD(policy.parameters(), lr=0.0), []
+    optimizer.register_step_pre_hook(lambda *_: gradient.extend(p.grad.flatten() for p in policy.parameters()))
     stats = reft.optimiser_step(functools.partial(reft.loss_fn, policy, policy, ref, args), data, optimizer, args)
-    return torch.cat([p.grad.flatten() for p in policy.parameters()]), stats
+    return torch.cat(gradient), stats
 
 
 @pytest.mark.parametrize("kind", ["k1", "exact"])
@@ -388,9 +389,17 @@ def test_the_end_token_is_trained():
     assert policy.logits(batch["tokens"])[0, 1].softmax(-1)[2].item() > max(0.9, before)
 
 
+def test_the_gap_between_sampler_and_trainer():
+    """0 where both are the same forward; what is added to a log-prob of a sampled token comes out."""
+    data = {"response_mask": masks([1, 1, 0], [0, 1, 1]), "old_logprobs": torch.tensor([[-1.0, -2, 5], [5, -3, -4]])}
+    data["sampled_logprobs"] = data["old_logprobs"] + torch.tensor([[0.0, 0.25, 7], [7, -0.75, 0]])
+    gap = reft.sampler_gap(data)
+    assert gap == {"sampler_gap": 0.25, "sampler_gap_max": 0.75} and "sampled_logprobs" not in data
+
+
 def test_responses_end_before_the_end_token_and_those_without_one_are_cut_off(monkeypatch):
     tokens, mask = torch.tensor([A_TOKENS, B_TOKENS, [2, 2, 5, 6, 7, 0, 0, 0]]), masks(A_MASK, B_MASK, [0, 1, 1, 1, 0, 0, 0])
-    monkeypatch.setattr(reft, "generate", lambda *_: (tokens, mask))
+    monkeypatch.setattr(reft, "generate", lambda *_: (tokens, mask, torch.zeros(mask.shape)))
     monkeypatch.setattr(reft, "read_answers", lambda texts, problems, args: [float(len(text)) for text in texts])
     problems = [{"prompt": [5], "gold": 2.0}] * 3
     data, texts, answers = reft.respond(None, problems, Words(), ARGS)
