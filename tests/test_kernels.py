@@ -325,10 +325,10 @@ def test_bad_arguments(path):
 
 @pytest.mark.parametrize("N, V, D, tile", [
     (0, 37, 64, (4, 128, 8)),                   # nothing
-    (1, 2, 64, (1024, 16384, 8192)),            # the smallest, in one tile of the real size
+    (1, 2, 64, (1024, 40960, 4096)),            # the smallest, in one tile of the real size
     (3, 300, 96, (1, 128, 2)),                  # tiles of one row; three slices, a ragged one
     (9, 150, 64, (4, 128, 8)),                  # a ragged tile at every end, two additions to d weight
-    (5, 37, 96, (1024, 16384, 8192)),           # a tile larger than everything
+    (5, 37, 96, (1024, 40960, 4096)),           # a tile larger than everything
 ])
 def test_linear(path, N, V, D, tile, monkeypatch):
     for name, value in zip(("HEIGHT", "WIDTH", "TALL"), tile):
@@ -502,7 +502,7 @@ def test_peak_memory_of_the_head(monkeypatch, reference, weights):
     gradients = dx.nbytes + dW.nbytes
     print(f"\npeak beyond inputs and gradients: forward {forward.peak / GiB:.2f} GiB, "
           f"backward {(backward.peak - gradients) / GiB:.2f} GiB")
-    assert 0.05 < forward.peak / GiB <= 0.5 and 0.2 < (backward.peak - gradients) / GiB <= 1
+    assert 0.05 < forward.peak / GiB <= 0.6 and 0.2 < (backward.peak - gradients) / GiB <= 1         # torch.compile: 11.6
 
 
 def test_peak_memory_of_plain_torch(monkeypatch):

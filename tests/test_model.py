@@ -1000,8 +1000,9 @@ def test_what_does_not_fit_into_memory_is_taken_in_parts(monkeypatch):
 
 # ------------------------------------------------------------------------- generate against the forward without a cache
 # by how much a logit or log-prob may differ; the mean by a tenth of it. On a GPU what is multiplied is bf16 in both forwards,
-# but summed up in another order: the same products on a CPU differed by 0.03 at most and 0.003 on average (logits up to 6)
-ROUNDING = dict(cpu=1e-4, cuda=0.1)
+# but summed up in another order. The same two forwards in bf16 on a CPU differ by 0.006 to 0.015 on average and 0.1 at most,
+# by family and temperature (logits up to 6), those of an H200 by 0.003 to 0.0135 and 0.085
+ROUNDING = dict(cpu=1e-4, cuda=0.2)
 
 
 def uncached_logits(gpt, tokens):
@@ -1065,7 +1066,7 @@ def test_tokens_are_drawn_with_the_log_probs_of_the_uncached_forward(family, row
         print(f"{device} {family} {rows} rows: log-probs of {len(gap)} tokens differ by {gap.mean():.2g}, at most {gap.max():.2g}")
         assert gap.mean() < ROUNDING[device] / 10 and gap.max() < ROUNDING[device]
         surprise = recomputed + entropy
-        assert entropy.mean() > 1.5 and surprise.mean().abs() < 4 * surprise.std() / math.sqrt(len(surprise))
+        assert entropy.mean() > 1 and surprise.mean().abs() < 4 * surprise.std() / math.sqrt(len(surprise))
 
         F.cross_entropy(gpt.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
