@@ -1159,7 +1159,8 @@ def autocast(tokens):
 def token_stats(policy, ref, data, args, critic=None):
     """Of each sampled token (B, T-1): old_logprobs, ref_logprobs, entropy, kl over the vocabulary, and the critic's old_values."""
     mask, stats = data["response_mask"], {}
-    for rows, micro in micro_batches(data, args.micro_batch_size):
+    size = args.micro_batch_size * (4 if mask.is_cuda else 1)        # nothing is kept for a backward
+    for rows, micro in micro_batches(data, size):
         with autocast(data["tokens"]):
             (hidden, targets), (ref_hidden, _) = sampled(policy, micro), sampled(ref, micro)
             found = linear_stats(hidden, policy.head_weight, targets, ref_hidden, ref.head_weight)
