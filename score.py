@@ -79,16 +79,17 @@ class Args:
     eval_data: str = ""              # test set in the same form, code: or in HumanEval's; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), from files only
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random but the built-in problems, which are always the same
+    seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     resume: bool = False             # go on with the run in --out exactly where it was saved
     # model from nothing, used without --model (small and many steps beats large and few)
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
+    train_size: int = 16000          # built-in training problems
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
+    operations_train: int = 6        # most of a built-in training problem, the fewest is 1
     # warm-up, on a linear schedule with 10 % warm-up steps
     warmup_epochs: int = 3           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
     warmup_batch_size: int = 16      # demonstrations an optimiser step
@@ -936,13 +937,13 @@ def read_problems(path, args):
 
 
 def load_problems(args):
-    """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
+    """Train, dev and test problems. Of built-in ones each seed has its own test; no question is in two splits. In files
     problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
-        test = builtin_problems(args.eval_size, low, high, 2, args, without=dev)
-        return builtin_problems(args.train_size, 1, high, 3, args, without=dev + test), dev, test
+        test = builtin_problems(args.eval_size, low, high, f"test {args.seed}", args, without=dev)
+        return builtin_problems(args.train_size, 1, args.operations_train, 3, args, without=dev + test), dev, test
     records, test = read_problems(args.train_data, args), read_problems(args.eval_data, args)
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)
