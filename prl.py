@@ -274,10 +274,11 @@ def main(args):
             log |= keep_best(policy, dev, tokenizer, iteration, state, args, temperature=1)
         finish_iteration(log, iteration, began, state, args)
 
-    # the checkpoint that was best on the dev split, tested once
+    # the checkpoint that was best on the dev split, tested once, and the last one
     if "after" not in state:
         best = load_checkpoint(Path(args.out) / "model")[0].to(args.device)
-        tell("after", report(best, tests, tokenizer, args), state, args)
+        last = {f"last_{name}": x for name, x in report(policy, tests, tokenizer, args).items() if isinstance(x, float)}
+        tell("after", report(best, tests, tokenizer, args) | last, state, args)
         save_run(modules, optimizer, state, args)
     plot_pass(state, args)
     summarise(len(test), state, args)
@@ -355,7 +356,7 @@ def bootstrap(values):
 
 def report(policy, tests, tokenizer, args):
     """What evaluate() finds on each test set {prefix: problems}, and avg@n and pass@k, k = 1, 2, 4 .. n, with their intervals;
-    "right" holds the number of right samples of each problem, for paired comparisons of runs."""
+    "right" holds the number of right samples of each problem, for paired comparisons of runs; entropy: of a token, in nats."""
     found, n = {}, args.samples
     for prefix, problems in tests.items():
         samples = draw_samples(policy, problems, tokenizer, n, args)
@@ -363,16 +364,26 @@ def report(policy, tests, tokenizer, args):
                  for drawn, problem in zip(samples, problems)]
         metrics = {f"avg@{n}": [c / n for c in right]}
         metrics |= {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in sorted({2**i for i in range(n.bit_length())} | {n})}
-        part = evaluate(policy, problems, tokenizer, args)
+        part = evaluate(policy, problems, tokenizer, args) | {"entropy": entropy(policy, problems, tokenizer, args)}
         for name, values in metrics.items():
             part[name], part[f"{name}_95%"] = bootstrap(values)
         found |= {prefix + name: value for name, value in part.items()} | {prefix + "right": " ".join(map(str, right))}
     return found
 
 
+def entropy(policy, problems, tokenizer, args):
+    """The mean entropy of the policy, in nats, over the tokens of one sample a problem."""
+    total, count = 0.0, 0
+    for i in range(0, len(problems), args.minibatch_size):
+        data, _, _ = respond(policy, problems[i:i + args.minibatch_size], tokenizer, args)
+        total += float(token_stats(policy, policy, data, args)["entropy"].sum())
+        count += int(data["response_mask"].sum())
+    return total / count
+
+
 def plot_pass(state, args):
     """passk.png: pass@k against k on each test set, before and after, with the intervals."""
-    prefixes = [name[:-len("right")] for name in state["after"] if name.endswith("right")]
+    prefixes = [name[:-len("right")] for name in state["before"] if name.endswith("right")]
     picture = figure(5 * len(prefixes), 3.6)
     for i, prefix in enumerate(prefixes):
         title = f"{prefix.replace('_', ' ')}test problems"
@@ -393,7 +404,7 @@ def hard_problems(policy, tokenizer, args):
         return [], []
     low, high = args.operations_high + 1, args.operations_hard
     try:
-        test = builtin_problems(args.eval_size, low, high, 4, args)
+        test = builtin_problems(args.eval_size, low, high, f"hard {args.seed}", args)
         shown = builtin_problems(args.train_size // 8, low, high, 5, args, without=test)
         return [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in (test, shown)]
     except InputError as error:
