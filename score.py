@@ -96,9 +96,9 @@ class Args:
     warmup_lr: float = 2e-3          # peak; 1e-5 for a pretrained model
     copies: float = 0.88             # share of built-in demonstrations of two turns whose y2 repeats y1
     wrong: float = 0.5               # share of their first attempts that announce a wrong answer
-    wrong_again: float = 0.75        # share of their second ones, where they are no copy
+    wrong_again: float = 0.7         # share of their second ones, where they are no copy
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
+    iterations: int = 80             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
     stage1: float = 0.5              # share of the iterations that are stage I; not disclosed
     batch_size: int = 64             # questions an iteration
     group_size: int = 4              # K, episodes of each; not disclosed. 64 * 4 = 256; paper: 512 (MATH), 128 (MBPP)

@@ -67,7 +67,7 @@ ARMS = {
         "star-plus": (16, "--method star-plus"),
         "pair-sft-plus": (16, "--method pair-sft-plus"),
         "star-stage2": (16, "--method star-stage2"),
-        "multi-turn-twice": (16, "--method multi-turn --iterations 120"),
+        "multi-turn-twice": (16, "--method multi-turn --iterations 160"),
         "collapse": (8, "--gamma 0.8 --alpha 1"),
         "self-refine": (8, "--method self-refine"),
     },
