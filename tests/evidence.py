@@ -75,7 +75,7 @@ ARMS = {
 
 
 def digest(script):
-    """A hash of the code that makes a run."""
+    """A hash of the code that makes a run; a test compares it with that of the row's commit."""
     files = [ROOT / f"{script}.py", ROOT / "model.py", *sorted((ROOT / "kernels").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
@@ -123,7 +123,7 @@ def run_all(args, todo, rows, code):
                         failed.append((arm, seed))
                         continue
                     row = read(args.runs / f"{arm}-s{seed}/summary.json")
-                    rows.append({"arm": arm} | row | {"code": code} | ({"commit": args.commit} if args.commit else {}))
+                    rows.append({"arm": arm} | row | {"code": code} | ({"commit": args.commit, "clean": None} if args.commit else {}))
                     keep(rows, args.out)
                     print(f"{arm} seed {seed}: {row['before']['accuracy']:.3f} -> {row['after']['accuracy']:.3f}", flush=True)
     finally:                                                         # they save, so that they can go on
