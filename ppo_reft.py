@@ -69,7 +69,7 @@ class Args:
     problems: Literal["numeric", "choice"] = "numeric"    # built-in ones; choice: five options, with --max-new-tokens 64
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), run in a sandbox
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random but the built-in problems, which are always the same
+    seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     resume: bool = False             # go on with the run in --out exactly where it was saved
@@ -77,9 +77,10 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 4000           # built-in training problems, of 1 to --operations-high operations
+    train_size: int = 4000           # built-in training problems
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
+    operations_train: int = 6        # most of a built-in training problem, the fewest is 1
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
     warmup_epochs: int = 8           # passes over the training demonstrations; paper: 2 (7B), 10 (125M); 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
@@ -265,11 +266,12 @@ def main(args):
             log |= keep_best(policy, dev, tokenizer, iteration, state, args)
         finish_iteration(log, iteration, began, state, args)
 
-    # the checkpoint that was best on the dev split, tested once
+    # the checkpoint that was best on the dev split, tested once, and the last one
     if "after" not in state:
         best = load_checkpoint(Path(args.out) / "model")[0].to(args.device)
         votes = choose(best, ref, train, test, tokenizer, args) if args.vote_k else {}
-        tell("after", evaluate(best, test, tokenizer, args) | votes, state, args)
+        last = {"last_accuracy": evaluate(policy, test, tokenizer, args)["accuracy"]}
+        tell("after", evaluate(best, test, tokenizer, args) | last | votes, state, args)
         save_run(modules, optimizer, state, args)
     summarise(len(test), state, args)
 
@@ -728,13 +730,13 @@ def read_problems(path, args):
 
 
 def load_problems(args):
-    """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
+    """Train, dev and test problems. Of built-in ones each seed has its own test; no question is in two splits. In files
     problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
-        test = builtin_problems(args.eval_size, low, high, 2, args, without=dev)
-        return builtin_problems(args.train_size, 1, high, 3, args, without=dev + test), dev, test
+        test = builtin_problems(args.eval_size, low, high, f"test {args.seed}", args, without=dev)
+        return builtin_problems(args.train_size, 1, args.operations_train, 3, args, without=dev + test), dev, test
     records, test = read_problems(args.train_data, args), read_problems(args.eval_data, args)
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)

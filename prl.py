@@ -72,7 +72,7 @@ class Args:
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; empty: the built-in problems
     eval_data: str = ""              # test set in the same form; needed with --train-data
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random but the built-in problems, which are always the same
+    seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     resume: bool = False             # go on with the run in --out exactly where it was saved
@@ -80,9 +80,10 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
+    train_size: int = 16000          # built-in training problems
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
-    operations_high: int = 6         # most; also of a training problem
+    operations_high: int = 6         # most
+    operations_train: int = 6        # most of a built-in training problem, the fewest is 1
     operations_hard: int = 8         # most of a hard test problem, which has more than any question of the RL
     # warm-up, which the paper has none of, on a linear schedule with 10 % warm-up steps as ReFT's
     warmup_epochs: int = 3           # passes over the demonstrations, an eighth more of hard ones; 0: none (needs --model)
@@ -274,10 +275,11 @@ def main(args):
             log |= keep_best(policy, dev, tokenizer, iteration, state, args, temperature=1)
         finish_iteration(log, iteration, began, state, args)
 
-    # the checkpoint that was best on the dev split, tested once
+    # the checkpoint that was best on the dev split, tested once, and the last one
     if "after" not in state:
         best = load_checkpoint(Path(args.out) / "model")[0].to(args.device)
-        tell("after", report(best, tests, tokenizer, args), state, args)
+        last = {f"last_{name}": x for name, x in report(policy, tests, tokenizer, args).items() if isinstance(x, float)}
+        tell("after", report(best, tests, tokenizer, args) | last, state, args)
         save_run(modules, optimizer, state, args)
     plot_pass(state, args)
     summarise(len(test), state, args)
@@ -354,7 +356,7 @@ def bootstrap(values):
 
 def report(policy, tests, tokenizer, args):
     """What evaluate() finds on each test set {prefix: problems}, and avg@n and pass@k, k = 1, 2, 4 .. n, with their intervals;
-    "right" holds the number of right samples of each problem, for paired comparisons of runs."""
+    "right" holds the number of right samples of each problem, for paired comparisons of runs; entropy: of a token, in nats."""
     found, n = {}, args.samples
     for prefix, problems in tests.items():
         samples = draw_samples(policy, problems, tokenizer, n, args)
@@ -362,16 +364,26 @@ def report(policy, tests, tokenizer, args):
                  for drawn, problem in zip(samples, problems)]
         metrics = {f"avg@{n}": [c / n for c in right]}
         metrics |= {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in sorted({2**i for i in range(n.bit_length())} | {n})}
-        part = evaluate(policy, problems, tokenizer, args)
+        part = evaluate(policy, problems, tokenizer, args) | {"entropy": entropy(policy, problems, tokenizer, args)}
         for name, values in metrics.items():
             part[name], part[f"{name}_95%"] = bootstrap(values)
         found |= {prefix + name: value for name, value in part.items()} | {prefix + "right": " ".join(map(str, right))}
     return found
 
 
+def entropy(policy, problems, tokenizer, args):
+    """The mean entropy of the policy, in nats, over the tokens of one sample a problem."""
+    total, count = 0.0, 0
+    for i in range(0, len(problems), args.minibatch_size):
+        data, _, _ = respond(policy, problems[i:i + args.minibatch_size], tokenizer, args)
+        total += float(token_stats(policy, policy, data, args)["entropy"].sum())
+        count += int(data["response_mask"].sum())
+    return total / count
+
+
 def plot_pass(state, args):
     """passk.png: pass@k against k on each test set, before and after, with the intervals."""
-    prefixes = [name[:-len("right")] for name in state["after"] if name.endswith("right")]
+    prefixes = [name[:-len("right")] for name in state["before"] if name.endswith("right")]
     picture = figure(5 * len(prefixes), 3.6)
     for i, prefix in enumerate(prefixes):
         title = f"{prefix.replace('_', ' ')}test problems"
@@ -392,7 +404,7 @@ def hard_problems(policy, tokenizer, args):
         return [], []
     low, high = args.operations_high + 1, args.operations_hard
     try:
-        test = builtin_problems(args.eval_size, low, high, 4, args)
+        test = builtin_problems(args.eval_size, low, high, f"hard {args.seed}", args)
         shown = builtin_problems(args.train_size // 8, low, high, 5, args, without=test)
         return [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in (test, shown)]
     except InputError as error:
@@ -529,13 +541,13 @@ def read_problems(path, args):
 
 
 def load_problems(args):
-    """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
+    """Train, dev and test problems. Of built-in ones each seed has its own test; no question is in two splits. In files
     problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
-        test = builtin_problems(args.eval_size, low, high, 2, args, without=dev)
-        return builtin_problems(args.train_size, 1, high, 3, args, without=dev + test), dev, test
+        test = builtin_problems(args.eval_size, low, high, f"test {args.seed}", args, without=dev)
+        return builtin_problems(args.train_size, 1, args.operations_train, 3, args, without=dev + test), dev, test
     records, test = read_problems(args.train_data, args), read_problems(args.eval_data, args)
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)

@@ -76,7 +76,7 @@ class Args:
     eval_data: str = ""              # test set in the same form; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), run in a sandbox
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random but the built-in problems, which are always the same
+    seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     resume: bool = False             # go on with the run in --out exactly where it was saved
@@ -84,11 +84,12 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 24000          # built-in training problems, of 1 to --operations-high operations
-    operations_low: int = 10         # fewest operations of a built-in dev or test problem, and of one that rollouts start from
-    operations_high: int = 12        # most
+    train_size: int = 25600          # built-in training problems
+    operations_low: int = 8          # T: fewest steps of a built-in dev or test problem, and of one that rollouts start from
+    operations_high: int = 8         # most
+    operations_train: int = 12       # most of a built-in training problem, the fewest is 1
     # warm-up, on a linear schedule with 10 % warm-up steps as ReFT's (authors' code: cosine)
-    warmup_epochs: int = 3           # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
+    warmup_epochs: int = 1           # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; authors' code: 256
     warmup_lr: float = 3e-3          # peak; authors' code: 2e-5 for a pretrained 7B model
     # start states
@@ -96,12 +97,12 @@ class Args:
     split: Literal["lines", "uniform", "auto"] = "auto"    # cut at lines; into M equal parts; at lines if there are two
     stage_weights: str = ""          # how often r3's mixture holds k = 0, 1, ...: "2,1,1,1,0"; empty: each once, as authors' data
     # reinforcement learning
-    iterations: int = 80             # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
+    iterations: int = 30             # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
     batch_size: int = 256            # start states an iteration; authors' code: 32
     minibatch_size: int = 256        # rows an optimiser step; authors' code: the whole batch
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 2              # passes over a rollout; authors' code: 2
-    max_new_tokens: int = 80         # longest response (88 for programs); authors' code: prompt and response 700 together
+    max_new_tokens: int = 98         # longest response; authors' code: prompt and response 700 together
     lr: float = 5e-4                 # constant; authors' code: 3e-7 (7B)
     gamma: float = 1.0               # authors' code: 1.0
     lam: float = 1.0                 # authors' code: 0.95, which hardly reaches the first lines before the values are learned
@@ -117,8 +118,8 @@ class Args:
     # reports
     strict: bool = False             # read answers as the authors do: a bare float() of all that follows "####"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 10             # iterations between greedy evaluations on the dev split, which choose the checkpoint
-    eval_size: int = 1000            # at most so many dev and so many test problems
+    eval_every: int = 5              # iterations between greedy evaluations on the dev split, which choose the checkpoint
+    eval_size: int = 500             # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
 
     def __post_init__(self):
@@ -126,6 +127,10 @@ class Args:
         if self.stage_weights and not (len(weights) == self.stages and re.search("[1-9]", self.stage_weights)
                                        and all(re.fullmatch(r"\d{1,3}", weight) for weight in weights)):
             raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many from 0 to 999, not all 0")
+        if max(self.operations_high, self.operations_train) > STEPS:
+            raise InputError(f"--operations-high, --operations-train: built-in problems have at most {STEPS} steps")
+        if self.cot == "program" and not self.train_data:
+            raise InputError("--cot program needs --train-data: built-in problems have no programs")
         if self.cot == "program":
             run_programs([])                 # InputError where none can be run
 
@@ -294,7 +299,7 @@ def main(args):
 
     policy = warm_up(policy, [sft_row(problem) for problem in train], tokenizer, state, args)
     if "before" not in state:
-        tell("before", evaluate(policy, test, tokenizer, args), state, args)
+        tell("before", test_report(policy, test, tokenizer, args), state, args)
 
     # the warm-up model is the initial policy, the frozen reference, and the trunk of the value function
     ref = policy.frozen()
@@ -323,10 +328,11 @@ def main(args):
         if "dev_accuracy" in log:
             plot_stages(args)
 
-    # the checkpoint that was best on the dev split, tested once
+    # the checkpoint that was best on the dev split, tested once, and the last one
     if "after" not in state:
         best = load_checkpoint(Path(args.out) / "model")[0].to(args.device)
-        tell("after", evaluate(best, test, tokenizer, args), state, args)
+        last = {"last_accuracy": evaluate(policy, test, tokenizer, args)["accuracy"]}
+        tell("after", test_report(best, test, tokenizer, args) | last, state, args)
         save_run(modules, optimizer, state, args)
     summarise(len(test), state, args)
 
@@ -392,11 +398,12 @@ def sft_update(policy, rows, optimizer, iteration, steps, args):
 
 def all_starts(problems, policy, tokenizer, args):
     """The start states of each problem [[k = 0, 1, ...], ...]; of built-in ones only those as long as the dev and test problems:
-    the short ones, which need no curriculum, are for the warm-up."""
-    operations = lambda problem: len(re.findall(" [+-] ", problem["question"]))
-    long = [problem for problem in problems if args.train_data or operations(problem) >= args.operations_low]
+    the others are for the warm-up."""
+    low, high = args.operations_low, args.operations_high
+    long = [problem for problem in problems if args.train_data or low <= len(problem["chain"]) <= high]
     if not long:
-        raise InputError(f"--train-size {args.train_size}: none has --operations-low {args.operations_low} operations")
+        raise InputError(f"--train-size {args.train_size}, --operations-train {args.operations_train}: no training problem has "
+                         f"--operations-low {low} to --operations-high {high} steps")
     starts = [start_states(problem, tokenizer, args) for problem in long]
     fits([states[-1] for states in starts] if args.method in ("r3", "staged") else [], policy, args)     # the last gives most
     return starts
@@ -411,6 +418,47 @@ def by_stage(data, batch, args):
     found = {f"stage_{name}": [round(float(x[rows].float().mean()), 6) if rows.any() else None for rows in chosen]
              for name, x in columns.items()}
     return {"stage_rollouts": [int(rows.sum()) for rows in chosen]} | found
+
+
+@torch.no_grad()
+def coins(policy, problems, tokenizer, args):
+    """What samples from the question are made of, of built-in problems: the shares of careful and of malformed lines, how often a
+    step of each style and any step is right, what that predicts for the whole chain, p^T and a tenth of the rest by chance, and
+    what was measured, from the question and from the last start."""
+    lines, measured = [], {"sampled": [], "sampled_last": []}
+    lasts = [start_states(problem, tokenizer, args)[-1] for problem in problems]
+    for i in range(0, len(problems), args.minibatch_size):
+        batch = problems[i:i + args.minibatch_size]
+        data, texts, _ = respond(policy, batch, tokenizer, args)
+        measured["sampled"] += (data["outcomes"] == 1).tolist()
+        ended, _, _ = respond(policy, lasts[i:i + args.minibatch_size], tokenizer, args)
+        measured["sampled_last"] += (ended["outcomes"] == 1).tolist()
+        for problem, text in zip(batch, texts):
+            lines += judged_lines(problem, text)
+    share = lambda chosen: sum(right for _, right in chosen) / max(len(chosen), 1)
+    styles = {style: [line for line in lines if line[0] == style] for style in ("careful", "hasty", "malformed")}
+    whole = [share(lines) ** len(problem["chain"]) for problem in problems]
+    return {"careful_share": len(styles["careful"]) / len(lines), "malformed_share": len(styles["malformed"]) / len(lines),
+            "careful_right": share(styles["careful"]), "hasty_right": share(styles["hasty"]), "step_right": share(lines),
+            "predicted": sum(p + (1 - p) / 10 for p in whole) / len(whole)} | {k: sum(v) / len(v) for k, v in measured.items()}
+
+
+def judged_lines(problem, text):
+    """[(style, whether it leads where it should from the state before it)] of the lines of a response up to one malformed."""
+    state, found = problem["start"], []
+    for i, (step, line) in enumerate(itertools.zip_longest(problem["chain"], text.partition(ANSWER)[0].split("\n")), 1):
+        letters = "".join(filter(str.isalpha, line or ""))
+        if letters != step or not re.fullmatch(rf"{i}:({step}|[a-h]\d[a-h]\d[a-h])\d", line):
+            return found + [("malformed", False)]
+        found.append(("hasty" if line == f"{i}:{step}{line[-1]}" else "careful", follow(state, step)[-1] == int(line[-1])))
+        state = int(line[-1])
+    return found
+
+
+def test_report(policy, problems, tokenizer, args):
+    """What evaluate() finds; of built-in problems with coins()."""
+    torch.manual_seed(args.seed)
+    return evaluate(policy, problems, tokenizer, args) | ({} if args.train_data else coins(policy, problems, tokenizer, args))
 
 
 def plot_stages(args):
@@ -429,42 +477,40 @@ def plot_stages(args):
 
 # ==== the task: problems, prompts, answers ====================================================================================
 
-def demonstration(start, chain, rng, args):
-    """The lines of a right solution, whose annotator chooses a style anew on each line: while four operations are left, to do
-    one (45 %), or to write down what the next four give, which is hard to do in one's head. A long chain holds many such chances
-    to go wrong, so sampling rarely succeeds from the question alone; near the end few are left."""
-    lines, total, done = [], start, 0
-    while done < len(chain):
-        part, before = chain[done:done + (4 if len(chain) - done >= 4 and rng.random() > 0.45 else 1)], total
-        total, done = total + sum(part), done + len(part)
-        careful = f"{before}{signed(part)} = {total}" if args.cot == "text" else f"x = {'x' if lines else start}{signed(part)}"
-        lines.append(careful if len(part) == 1 else f"x = {total}")
-    return lines if args.cot == "text" else [f"    {line}" for line in lines + ["return x"]]
+TABLES = {letter: sample(range(10), 10) for sample in [random.Random(0).sample] for letter in "abcdefgh"}
+STEPS = 16                               # of the longest built-in chain
 
 
-def signed(steps):
-    """[3, -4] as " + 3 - 4"."""
-    return "".join(f" {'+' if step > 0 else '-'} {abs(step)}" for step in steps)
+def follow(state, letters):
+    """The states to which look-ups lead, one after another: letter c leads from state s to TABLES[c][s]."""
+    return list(itertools.accumulate(letters, lambda state, letter: TABLES[letter][state], initial=state))[1:]
+
+
+def demonstration(start, chain, rng):
+    """The lines of a right solution, a step of three look-ups each. Its annotator chooses a style anew on each line: to write down
+    where every look-up leads (45 %), or where the third does, which is hard to find in one's head. The tables are permutations:
+    no later step brings a wrong state back, so that a chain is a row of coins of which all must fall well."""
+    lines, state = [], start
+    for i, step in enumerate(chain, 1):
+        states = follow(state, step)
+        careful, state = "".join(f"{letter}{place}" for letter, place in zip(step, states)), states[-1]
+        lines.append(f"{i}:{careful if rng.random() < 0.45 else f'{step}{state}'}")
+    return lines
 
 
 def builtin_problem(rng, operations, args):
-    """A chain of additions and subtractions that stays between 0 and 19, with a demonstration."""
-    start, chain = rng.randrange(20), []
-    for _ in range(operations):
-        number, total = rng.randint(1, 9), start + sum(chain)
-        chain.append(rng.choice([step for step in (number, -number) if 0 <= total + step < 20]))
-    rng.random()                                                     # of a style for all lines, as in ppo_reft.py's problems
-    styles = vars(rng).setdefault("styles", random.Random(5))        # a stream of its own: any style leaves the questions the same
-    lines = demonstration(start, chain, styles, args)
-    total, cot = start + sum(chain), "\n".join(lines)
-    return {"question": f"What is {start}{signed(chain)}?", "cot": cot, "answer": f"{total}", "gold": float(total)}
+    """A chain of look-ups from a start state, "1:abc2:fha=4", with a demonstration. The tables stand in no question: the warm-up
+    learns them."""
+    start, chain = rng.randrange(10), ["".join(rng.choice([*TABLES]) for _ in range(3)) for _ in range(operations)]
+    end = follow(start, "".join(chain))[-1]
+    return {"question": "".join(f"{i}:{step}" for i, step in enumerate(chain, 1)) + f"={start}", "start": start, "chain": chain,
+            "cot": "\n".join(demonstration(start, chain, rng)), "answer": f"{end}", "gold": float(end)}
 
 
 def builtin_tokenizer(args):
-    """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
-    return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
-                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
-                                    *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
+    """The vocabulary of the built-in problems: a token for each state, letter, number of a step and fixed piece of text."""
+    return Tokenizer.from_pieces([*"0123456789", *TABLES, *(f"{i}:" for i in range(1, STEPS + 1)), "=", "\n", ANSWER,
+                                  *PROMPT.split("{question}")])
 
 
 def parse_record(raw, args):
@@ -662,13 +708,13 @@ def read_problems(path, args):
 
 
 def load_problems(args):
-    """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
+    """Train, dev and test problems. Of built-in ones each seed has its own test; no question is in two splits. In files
     problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
-        test = builtin_problems(args.eval_size, low, high, 2, args, without=dev)
-        return builtin_problems(args.train_size, 1, high, 3, args, without=dev + test), dev, test
+        test = builtin_problems(args.eval_size, low, high, f"test {args.seed}", args, without=dev)
+        return builtin_problems(args.train_size, 1, args.operations_train, 3, args, without=dev + test), dev, test
     records, test = read_problems(args.train_data, args), read_problems(args.eval_data, args)
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)

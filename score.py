@@ -78,7 +78,7 @@ class Args:
     eval_data: str = ""              # test set in the same form, code: or in HumanEval's; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), from files only
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random but the built-in problems, which are always the same
+    seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     resume: bool = False             # go on with the run in --out exactly where it was saved
@@ -86,23 +86,26 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
+    train_size: int = 14000          # built-in training problems
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
-    operations_high: int = 6         # most
+    operations_high: int = 4         # most
+    operations_train: int = 4        # most of a built-in training problem, the fewest is 1
     # warm-up, on a linear schedule with 10 % warm-up steps
-    warmup_epochs: int = 3           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
+    warmup_epochs: int = 4           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
     warmup_batch_size: int = 16      # demonstrations an optimiser step
     warmup_lr: float = 2e-3          # peak; 1e-5 for a pretrained model
-    slips: float = 0.5               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
+    copies: float = 0.88             # share of built-in demonstrations of two turns whose y2 repeats y1
+    wrong: float = 0.5               # share of their first attempts that announce a wrong answer
+    wrong_again: float = 0.7         # share of their second ones, where they are no copy
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
-    stage1: float = 0.67             # share of the iterations that are stage I; not disclosed
+    iterations: int = 80             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
+    stage1: float = 0.5              # share of the iterations that are stage I; not disclosed
     batch_size: int = 64             # questions an iteration
     group_size: int = 4              # K, episodes of each; not disclosed. 64 * 4 = 256; paper: 512 (MATH), 128 (MBPP)
     minibatch_size: int = 256        # rows an optimiser step, at least the whole rollout: it is used once, so there is no ratio
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
-    max_new_tokens: int = 56         # longest attempt, in each turn; not disclosed
-    lr: float = 1e-4                 # constant; supervised baselines: peak; paper: 5e-6 (MATH), 1e-5 (MBPP)
+    max_new_tokens: int = 36         # longest attempt, in each turn; not disclosed
+    lr: float = 2e-4                 # constant; supervised baselines: peak; paper: 5e-6 (MATH), 1e-5 (MBPP)
     alpha: float = 10.0              # of the bonus; paper: 10
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
     beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
@@ -127,7 +130,7 @@ class Args:
         self.iterations = 0 if self.method in ("base", "self-refine") else self.iterations
         rows, programs = self.batch_size * self.group_size, (self.task == "code") + (self.cot == "program")
         conflicts = {f"--{name.replace('_', '-')} {getattr(self, name)}: is a share, at most 1": getattr(self, name) > 1
-                     for name in ("stage1", "offline_fraction", "slips")} | {
+                     for name in ("stage1", "offline_fraction", "copies", "wrong", "wrong_again")} | {
             f"--group-size {self.group_size}: must be at least 2, episodes of a question are compared": self.group_size < 2,
             f"--minibatch-size {self.minibatch_size}: must hold all {rows} rows of a rollout": self.minibatch_size < rows,
             "--task code, --cot program: each needs --train-data, and goes without the other": programs > bool(self.train_data),
@@ -143,7 +146,7 @@ class Args:
 
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
 ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
-TRIGGER = ANSWER                          # the last one in a response announces its answer
+TRIGGER = ANSWER                          # announces a response's answer: the last one, of built-in problems the first
 
 
 # ==== the paper ===============================================================================================================
@@ -283,7 +286,7 @@ def main(args):
 
     policy = warm_up(policy, warmup_rows(train, tokenizer, args), tokenizer, state, args)
     if "before" not in state:
-        tell("before", turn_report(policy, test, tokenizer, args), state, args)
+        tell("before", turn_report(policy, test, tokenizer, args) | sampled_report(policy, test, tokenizer, args), state, args)
 
     # the warm-up model is the base: the initial policy and, in both stages, the frozen reference
     ref = policy.frozen()
@@ -467,10 +470,12 @@ def turn_report(policy, problems, tokenizer, args):
 
 
 def final_report(best, last, ref, problems, tokenizer, args):
-    """turn_report() of the best checkpoint, the rates of the last one, those after given first attempts, and votes if asked for."""
+    """turn_report() of the best checkpoint and what became of given first attempts; rates and controls of the last checkpoint,
+    and votes if asked for."""
     found, at_end = turn_report(best, problems, tokenizer, args), evaluate(last, problems, tokenizer, args)
-    found |= {f"last_{name}": at_end[name] for name in ("t1", "t2", "delta", "i->c", "c->i")}
-    found |= fixed_and_own(best, ref, problems, tokenizer, args)
+    at_end = {name: at_end[name] for name in ("t1", "t2", "delta", "i->c", "c->i")} | controls(last, problems, tokenizer, args)
+    found |= {f"last_{name}": value for name, value in at_end.items()}
+    found |= fixed_and_own(best, ref, problems, tokenizer, args) | controls(best, problems, tokenizer, args)
     return found | (vote_curves(best, problems, tokenizer, args) if args.vote_k else {})
 
 
@@ -483,6 +488,28 @@ def fixed_and_own(policy, ref, problems, tokenizer, args):
         rates = evaluate(policy, [p | {"first": y1} for p, y1 in zip(problems, first)], tokenizer, args)
         found |= {f"{name}_{key}": rates[key] for key in ("t1", "t2", "i->c", "c->i")}
     return found
+
+
+def controls(policy, problems, tokenizer, args):
+    """Whether second attempts mend the first or solve anew, greedy. swapped_t2: their share right after the first attempt to
+    another question. Of wrong first attempts: the share whose own last line is right (shown), and the shares mended of those and
+    of the others (hidden); None where there are none."""
+    problems = sorted(problems, key=lambda p: len(p["prompt"]))                          # the next question is about as long
+    batches = [problems[i:i + args.minibatch_size] for i in range(0, len(problems), args.minibatch_size)]
+    first = [y1 for batch in batches for y1 in one_turn(policy, batch, tokenizer, args, 0)]
+    after = lambda pairs: evaluate(policy, [p | {"first": y1} for p, y1 in pairs], tokenizer, args)["t2"] if pairs else None
+    wrong = [(p, y1) for p, y1 in zip(problems, first) if y1["outcome"] == 0]
+    shows = lambda p, y1: reward([read_number(y1["text"].rstrip().split("\n")[-1])], [p], args).item() == 1
+    shown, hidden = [[pair for pair in wrong if shows(*pair) == kind] for kind in (True, False)]
+    return {"swapped_t2": after(list(zip(problems, first[1:] + first[:1]))), "shown": len(shown) / len(wrong) if wrong else None,
+            "mended_shown": after(shown), "mended_hidden": after(hidden)}
+
+
+def sampled_report(policy, problems, tokenizer, args):
+    """Of two episodes a problem at temperature 1: the share of changed answers, and of those the share from wrong to right."""
+    torch.manual_seed(args.seed)
+    found = evaluate(policy, problems * 2, tokenizer, args, temperature=1)
+    return {"sampled_changed": found["changed"], "sampled_mended": found["i->c"] / found["changed"] if found["changed"] else None}
 
 
 def vote(answers):
@@ -570,15 +597,16 @@ def turns(args):
 
 def warmup_rows(problems, tokenizer, args):
     """Rows of the warm-up. Three in four of the built-in ones go through both turns, x1 y1 p1 y2, with y1 and y2 trained. They
-    teach what a second attempt looks like and not to correct: y2 is drawn like y1, independently of it and of whether it is
-    right. A file has one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
+    teach what a second attempt looks like and not to correct: y2 repeats y1, or is a new attempt that knows nothing of y1 or of
+    whether it is right. A file has one demonstration per question, and to repeat it would teach to copy: its rows have one turn."""
     if args.train_data:
         return [sft_row(problem) for problem in problems]
     rng, rows = random.Random(4), []
     _, again, refine = [tokenizer.encode(text) for text in turns(args)]
     for i, problem in enumerate(problems):
-        drawn = [demonstration(*problem["chain"], rng, args.slips) for _ in range(2)]
-        first, second = [tokenizer.encode(f"{cot}{ANSWER}{answer}") + [tokenizer.eos_id] for cot, answer in drawn]
+        drawn = [demonstration(*problem["chain"], rng, wrong) for wrong in (args.wrong, args.wrong_again)]
+        first, second = [tokenizer.encode(text) + [tokenizer.eos_id] for text in drawn]
+        second = first if rng.random() < args.copies else second
         row, flags = sft_row(problem | {"response": first})
         if i % 4:
             between = refine if i % 4 == 1 else again
@@ -587,19 +615,14 @@ def warmup_rows(problems, tokenizer, args):
     return rows
 
 
-def demonstration(start, chain, rng, slips):
-    """A solution and the number it arrives at. Annotators have two styles: a careful one does one operation a line; a hasty one,
-    more common on long chains, does four at once, which is hard to do in one's head. In a share `slips` of the cases they get the
-    result of one line wrong by one and carry on from there (between 0 and 19, all that the vocabulary has)."""
-    stride = 1 if rng.random() < (0.7 if len(chain) <= 3 else 0.3) else 4
-    parts = [chain[i:i + stride] for i in range(0, len(chain), stride)]
-    slip = rng.randrange(len(parts)) if slips and rng.random() < slips else None
-    lines, total = [], start
-    for i, part in enumerate(parts):
-        before, total = total, total + sum(part) + (rng.choice((-1, 1)) if i == slip else 0)
-        total = min(max(total, 0), 19)
-        lines.append(f"{before}{signed(part)} = {total}")
-    return "\n".join(lines), total
+def demonstration(start, chain, rng, wrong):
+    """An attempt that announces its answer before the work, which caps what a first one can be: it takes head arithmetic, and a
+    share `wrong` of the annotators leave the last operation out. Then every operation has a line, always right: a second attempt
+    can read there what the answer should have been."""
+    totals = [start + sum(chain[:i]) for i in range(len(chain) + 1)]
+    answer = totals[-2] if rng.random() < wrong else totals[-1]
+    lines = [f"{before}{signed([step])} = {after}" for before, step, after in zip(totals, chain, totals[1:])]
+    return f"{ANSWER}{answer}\n" + "\n".join(lines)
 
 
 def signed(steps):
@@ -608,19 +631,19 @@ def signed(steps):
 
 
 def builtin_problem(rng, operations, args):
-    """A chain of additions and subtractions that stays between 0 and 19, with a right demonstration."""
-    start, chain = rng.randrange(20), []
+    """A chain of additions and subtractions that stays between 0 and 9, with a right demonstration."""
+    start, chain = rng.randrange(10), []
     for _ in range(operations):
-        number, total = rng.randint(1, 9), start + sum(chain)
-        chain.append(rng.choice([step for step in (number, -number) if 0 <= total + step < 20]))
-    cot, total = demonstration(start, chain, rng, 0)
-    return {"question": f"What is {start}{signed(chain)}?", "chain": (start, chain), "cot": cot, "answer": f"{total}",
-            "gold": float(total)}
+        number, total = rng.randint(1, 5), start + sum(chain)
+        chain.append(rng.choice([step for step in (number, -number) if 0 <= total + step < 10]))
+    total = start + sum(chain)
+    return {"question": f"What is {start}{signed(chain)}?", "chain": (start, chain), "cot": demonstration(start, chain, rng, 0),
+            "answer": f"{total}", "gold": float(total)}
 
 
 def builtin_tokenizer(args):
     """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
-    return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
+    return Tokenizer.from_pieces([str(number) for number in range(10)] + PROMPT.split("{question}")
                                  + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
                                     *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
 
@@ -661,7 +684,8 @@ def encode_problem(problem, tokenizer, args):
     program = args.cot == "program"
     header = program_header(problem["question"]) if program else ""
     prompt = (CODE_PROMPT if args.task == "code" else PROMPT).format(question=problem["question"])
-    response = problem["cot"] if program or args.task == "code" else f"{problem['cot']}{ANSWER}{problem['answer']}"
+    whole = program or args.task == "code" or not args.train_data                        # built-in ones begin with the answer
+    response = problem["cot"] if whole else f"{problem['cot']}{ANSWER}{problem['answer']}"
     again = tokenizer.encode(again + header)
     return problem | {"prompt": tokenizer.encode_prompt(before + prompt + header), "again": again, "header": header,
                       "response": tokenizer.encode(response) + [tokenizer.eos_id], "room": len(again) + 2 * args.max_new_tokens}
@@ -669,13 +693,14 @@ def encode_problem(problem, tokenizer, args):
 
 def read_answers(texts, problems, args):
     """The answer of each response: a number, None if there is none; with --task code a program's text. A response in words
-    announces it after the last TRIGGER; a program of --cot program is run."""
+    announces it after the last TRIGGER, to a built-in problem after the first; a program of --cot program is run."""
     if args.task == "code":
         return [read_program(text, problem) for text, problem in zip(texts, problems)]
     if args.cot == "program":
         found = run_programs([problem["header"] + text for problem, text in zip(problems, texts)])
     else:
-        found = [text.rpartition(TRIGGER)[2].strip() if TRIGGER in text else None for text in texts]
+        cut = str.rpartition if args.train_data else str.partition
+        found = [cut(text, TRIGGER)[2].strip() if TRIGGER in text else None for text in texts]
         found = [text if args.strict else text and text.split("\n")[0] for text in found]   # strict: all that follows
     read = read_float if args.strict else read_number
     return [read(answer) if isinstance(answer, str) else answer for answer in found]
@@ -941,13 +966,13 @@ def read_problems(path, args):
 
 
 def load_problems(args):
-    """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
+    """Train, dev and test problems. Of built-in ones each seed has its own test; no question is in two splits. In files
     problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
     if not args.train_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
-        test = builtin_problems(args.eval_size, low, high, 2, args, without=dev)
-        return builtin_problems(args.train_size, 1, high, 3, args, without=dev + test), dev, test
+        test = builtin_problems(args.eval_size, low, high, f"test {args.seed}", args, without=dev)
+        return builtin_problems(args.train_size, 1, args.operations_train, 3, args, without=dev + test), dev, test
     records, test = read_problems(args.train_data, args), read_problems(args.eval_data, args)
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)

@@ -2,12 +2,16 @@
 
     python tests/table.py RUNS_FOLDER [--only NAME*] [--show t1,t2 [--minus NAME]] [--out results/FILE.json] [--plot FILE.png]
                           [--plot-pass FILE.png]
+    python tests/table.py --claims
 
 Runs whose folders are called the same but for "-s<seed>" form a row; each number is a mean over seeds with a 95 % interval
 (Student's t), in per cent; with --minus the differences to the runs NAME, seed by seed. --out keeps the summaries, one list, as
 the raw data behind the table; --plot draws dev accuracy over the iterations, the mean over seeds and the range; --plot-pass draws
 pass@k against k, before training and after it. `first_...` of a row is of the rollouts before any update, `last_...` the mean over
 the last five iterations.
+
+--claims judges the claims of results/claims.json by the raw rows in results/evidence-*.json (made by tests/evidence.py), writes what
+was found beside them, and from there README's tables between its marks. A verdict is verdict()'s, never a person's.
 """
 import argparse
 import json
@@ -21,6 +25,8 @@ from matplotlib.figure import Figure
 
 T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131), 2))   # 97.5 % points
 HIDDEN = ("response_length", "unparsed", "truncated")
+MARGIN = 0.03                                            # of a claim that two are equal
+ROOT = Path(__file__).parent.parent
 
 
 def interval(values):
@@ -43,7 +49,8 @@ def read(path):
         total |= {f"first_{k}": r[k] for r in sampled[:1] if k in r}
     for k in ("accuracy", "contradictions"):
         total |= {f"last_{k}": statistics.mean(r[k] for r in sampled[-5:]) for r in sampled[:1] if k in r}
-    return summary | {"run": path.parent.name, "args": flags, "commit": info["commit"], "torch": info["torch"], "dev": curve} | total
+    made = {name: info[name] for name in ("commit", "clean", "torch")}
+    return summary | {"run": path.parent.name, "args": flags} | made | {"dev": curve} | total
 
 
 def row(name, runs, show, minus):
@@ -60,6 +67,108 @@ def row(name, runs, show, minus):
         columns |= {"gain": [r["after"]["accuracy"] - r["before"]["accuracy"] for r in runs]}
     return f"| {name} | {len(runs)} | " + " | ".join(f"{'' if show else k + ' '}{interval(v)}" for k, v in columns.items()) + " |"
 
+
+# ---- claims ------------------------------------------------------------------------------------------------------------------
+
+def sign_test(differences):
+    """Two-sided p of as lopsided a split into above and below 0, if both were equally likely; zeros are left out."""
+    above, n = sum(d > 0 for d in differences), sum(d != 0 for d in differences)
+    tail = sum(math.comb(n, k) for k in range(max(above, n - above), n + 1)) / 2 ** n
+    return min(1.0, 2 * tail)
+
+
+def verdict(differences, expect):
+    """What paired differences by seed say of a claim that they are above 0 (expect ">"), below ("<"), or less than MARGIN away from
+    it ("="): {mean, low, high: the 95 % interval (Student's t), above: how many are above 0, p of the sign test, verdict}. Of a
+    side: shown if the whole interval lies there and p <= 0.05, contradicted if both hold of the other side. Of "=": shown if the
+    whole interval lies within the margin, contradicted if all of it lies outside, on one side. All else is not shown."""
+    n, mean, p = len(differences), statistics.mean(differences), sign_test(differences)
+    half = T[n] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    low, high = mean - half, mean + half
+    if expect == "=":
+        shown, contradicted = -MARGIN < low and high < MARGIN, low > MARGIN or high < -MARGIN
+    else:
+        above, below = low > 0 and p <= 0.05, high < 0 and p <= 0.05
+        shown, contradicted = (above, below) if expect == ">" else (below, above)
+    return {"seeds": n, "mean": mean, "low": low, "high": high, "above": sum(d > 0 for d in differences), "p": p,
+            "verdict": "shown" if shown else "contradicted" if contradicted else "not shown"}
+
+
+def value(row, metric):
+    """A number of a row: of after training, "before." in front: of the warm-up; "a - b": a difference of two."""
+    first, _, second = metric.partition(" - ")
+    moment, name = ("before", first[7:]) if first.startswith("before.") else ("after", first)
+    return row[moment][name] - (value(row, second) if second else 0)
+
+
+def differences(claim, rows):
+    """{seed: claim["metric"] of arm "a" minus that of arm "b"} over the seeds that have both; without "b" the metric itself, and
+    with "a2" and "b2" minus the same difference of those."""
+    by_arm = defaultdict(dict)
+    for row in rows:
+        by_arm[row["arm"]][row["seed"]] = row
+    signs = {claim[key]: sign for key, sign in (("a", 1), ("b", -1), ("a2", -1), ("b2", 1)) if key in claim}
+    seeds = set.intersection(*(set(by_arm[arm]) for arm in signs))
+    return {seed: sum(sign * value(by_arm[arm][seed], claim["metric"]) for arm, sign in signs.items()) for seed in sorted(seeds)}
+
+
+def judge(claims, evidence):
+    """Fills in what the rows {script: [...]} say of each claim and each gate. A claim without arms was not tried; one without
+    rows was not run. `comparisons`: how many claims the rows of its script are asked about."""
+    for claim in claims["claims"]:
+        script = claim["script"]
+        claim["found"] = {"verdict": "not tried"}
+        if "a" in claim:
+            found = differences(claim, evidence.get(script, []))
+            claim["found"] = verdict(list(found.values()), claim["expect"]) if found else {"verdict": "not run"}
+            claim["found"]["comparisons"] = sum(c["script"] == script and "a" in c for c in claims["claims"])
+    for gate in claims["gates"]:
+        rows = [row for row in evidence.get(gate["script"], []) if row["arm"] == gate["arm"]]
+        if "b" in gate:
+            found = differences(gate, evidence.get(gate["script"], []))
+        else:
+            found = {row["seed"]: value(row, gate["metric"]) for row in rows}
+        gate["found"] = {"seeds": len(found), "failed": sorted(seed for seed, x in found.items()
+                                                                if x is None or not gate["low"] <= x <= gate["high"])}
+    return claims
+
+
+def claim_rows(claims):
+    """README's table of claims and the line of its gates, in Markdown."""
+    def number(claim, name):
+        return f"{100 * claim['found'][name]:.1f}"
+
+    lines = ["| paper | claim | the paper's number | ours, points (95 %) | seeds above 0, p | verdict | comparisons |", "|---" * 7 + "|"]
+    for claim in claims["claims"]:
+        ours = signs = "-"
+        if "mean" in claim["found"]:
+            ours = f"{claim['compared']}: {number(claim, 'mean')} ({number(claim, 'low')} to {number(claim, 'high')})"
+            signs = f"{claim['found']['above']} of {claim['found']['seeds']}, {claim['found']['p']:.2g}"
+        lines.append(f"| {claim['paper']} {claim['id']} | {claim['claim']} | {claim['paper_number']} | {ours} | {signs} | "
+                     f"{claim['found']['verdict']} | {claim['found'].get('comparisons', '-')} |")
+    failed = [f"{gate['name']}: seeds {', '.join(map(str, gate['found']['failed']))}" for gate in claims["gates"] if gate["found"]["failed"]]
+    tried = sum(gate["found"]["seeds"] > 0 for gate in claims["gates"])
+    return "\n".join(lines + ["", f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {'; '.join(failed) or 'none'}."])
+
+
+def evidence():
+    """{script: rows} of results/evidence-*.json."""
+    return {path.stem.removeprefix("evidence-"): json.loads(path.read_text()) for path in sorted(ROOT.glob("results/evidence-*.json"))}
+
+
+MARKS = "<!-- claims: by `python tests/table.py --claims` -->\n", "\n<!-- end of claims -->"
+
+
+def write_claims():
+    """results/claims.json and README's table of claims, anew."""
+    path, readme = ROOT / "results/claims.json", ROOT / "README.md"
+    claims, text = judge(json.loads(path.read_text()), evidence()), readme.read_text()
+    path.write_text(json.dumps(claims, indent=1) + "\n")
+    before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
+    readme.write_text(before + MARKS[0] + claim_rows(claims) + MARKS[1] + after)
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------------------
 
 def plot_curves(groups, path):
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -89,7 +198,8 @@ def plot_pass(groups, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("runs", type=Path, nargs="?")
+    parser.add_argument("--claims", action="store_true", help="judge the claims, and write them into results/claims.json and README")
     parser.add_argument("--only", default="*", help="runs whose folders match this pattern")
     parser.add_argument("--show", help="metrics after training, joined by commas, as the columns; else all")
     parser.add_argument("--seeds", help="only these, joined by commas")
@@ -97,6 +207,8 @@ def main():
     for flag in ("--out", "--plot", "--plot-pass"):
         parser.add_argument(flag, type=Path)
     args = parser.parse_args()
+    if args.claims:
+        return write_claims()
     groups = defaultdict(list)
     for path in sorted(args.runs.glob(f"{args.only}/summary.json")):
         name, _, seed = path.parent.name.rpartition("-s")

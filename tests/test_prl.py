@@ -556,6 +556,14 @@ def test_bootstrap_intervals():
     assert prl.bootstrap(values) == (mean, [low, high])
 
 
+def test_entropy_of_a_report_is_that_of_its_tokens():
+    """Uniform over the vocabulary: its logarithm, whatever the lengths and the batches."""
+    policy, args = tiny(), flags(minibatch_size=2, max_new_tokens=5)
+    torch.nn.init.zeros_(policy.head_weight)
+    problems = [{"prompt": [5, 6, 7][:n], "gold": 1.0} for n in (1, 2, 3)]
+    assert prl.entropy(policy, problems, Words(), args) == pytest.approx(math.log(policy.config.vocab_size), abs=1e-5)
+
+
 def test_hard_problems_have_more_operations_and_are_shared_with_nothing():
     args = flags(train_size=400, eval_size=60)
     policy, tokenizer = prl.initial_policy(args)
@@ -571,7 +579,9 @@ def test_base_is_an_evaluation_alone_and_the_summary_holds_what_a_table_needs(tm
     result = run("prl", tmp_path / "run", "--method", "base", "--samples", "6", "--max-new-tokens", "20")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["before"] == summary["after"] and summary["best"]["iteration"] == 0
+    last = {f"last_{name}": x for name, x in summary["before"].items() if isinstance(x, float)}
+    assert summary["before"] | last == summary["after"] and summary["best"]["iteration"] == 0
+    assert {"last_hard_pass@6", "last_avg@6", "last_entropy", "hard_entropy"} <= summary["after"].keys() and summary["after"]["entropy"] > 0
     for prefix in ("", "hard_"):
         part = summary["after"]
         assert [k for k in (1, 2, 3, 4, 6) if f"{prefix}pass@{k}" in part] == [1, 2, 4, 6]

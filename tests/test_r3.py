@@ -14,6 +14,7 @@ from model import GPT, GPTConfig, InputError, Tokenizer
 from test_losses import Words, tiny
 
 ARGS = dataclasses.replace(r3.Args(), device="cpu")
+PROGRAMS = {"cot": "program", "train_data": "x"}            # programs come from files only
 PIECES = [chr(i) for i in range(32, 127)] + ["\n", "\n\n", "\n   ", ".\n", "####", "    ", " = ", "clips"]   # seams to get wrong
 
 
@@ -138,8 +139,8 @@ REWORDED = PROGRAM.replace("How many?", "So how\n    many?")
 @pytest.mark.parametrize("program", [PROGRAM, REWORDED, *SHORT])
 def test_a_program_cut_anywhere_and_joined_runs(program, split):
     """Every start gives the prompt's def line and docstring, goes on with the program's own lines, and the whole earns 1."""
-    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program", split=split)
-    problem = encoded({"question": "How many?", "answer_cot": program, "answer_value": "3.0"}, tokenizer, cot="program")
+    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, **PROGRAMS, split=split)
+    problem = encoded({"question": "How many?", "answer_cot": program, "answer_value": "3.0"}, tokenizer, **PROGRAMS)
     states = r3.start_states(problem, tokenizer, args)
     assert problem["header"] == PROGRAM[:PROGRAM.index("    a")] and tokenizer.decode(problem["prompt"]).endswith(problem["header"])
     assert states[0]["header"] == problem["header"] and states[0]["prompt"] == problem["prompt"]
@@ -153,54 +154,91 @@ def test_a_program_cut_anywhere_and_joined_runs(program, split):
 
 @pytest.mark.parametrize("program", [PROGRAM, REWORDED])
 def test_lines_of_a_program_count_from_its_header(program):
-    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program")
-    problem = encoded({"question": "How many?", "answer_cot": program, "answer_value": "3"}, tokenizer, cot="program")
+    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, **PROGRAMS)
+    problem = encoded({"question": "How many?", "answer_cot": program, "answer_value": "3"}, tokenizer, **PROGRAMS)
     states = r3.start_states(problem, tokenizer, args)
     assert [len(r3.line_starts(s["header"])) for s in states] == [2, 2, 3, 4, 6]
     assert [s["header"][len(problem["header"]):] for s in states[1:3]] == ["", "    a = 1"]             # "\n   " is one token
-    two = encoded({"question": "How\nmany?", "answer_cot": PROGRAM, "answer_value": "3"}, tokenizer, cot="program")
+    two = encoded({"question": "How\nmany?", "answer_cot": PROGRAM, "answer_value": "3"}, tokenizer, **PROGRAMS)
     assert [len(r3.line_starts(s["header"])) for s in r3.start_states(two, tokenizer, args)] == [3, 3, 3, 5, 6]      # T = 8
 
 
 def test_uniform_counts_the_tokens_of_a_programs_header():
-    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, cot="program", split="uniform")
-    problem = encoded({"question": "How many?", "answer_cot": PROGRAM, "answer_value": "3"}, tokenizer, cot="program")
+    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, **PROGRAMS, split="uniform")
+    problem = encoded({"question": "How many?", "answer_cot": PROGRAM, "answer_value": "3"}, tokenizer, **PROGRAMS)
     head, body = len(tokenizer.encode(problem["header"])), len(problem["response"]) - 1
     expected = [max(p - head, 0) for p in r3.evenly(head + body, 5)]
     assert [len(given(s, problem)) for s in r3.start_states(problem, tokenizer, args)] == expected and expected[2] == 0 < expected[3]
 
 
+def builtin(split=0, **flags):
+    """Encoded built-in problems of a split, and their tokenizer."""
+    args = dataclasses.replace(ARGS, **{"train_size": 80, "eval_size": 10} | flags)
+    tokenizer = r3.builtin_tokenizer(args)
+    return [r3.encode_problem(p, tokenizer, args) for p in r3.load_problems(args)[split]], tokenizer, args
+
+
 def test_builtin_problems_have_the_seam_of_their_demonstrations():
-    for cot in ("text", "program"):
-        args = dataclasses.replace(ARGS, train_size=60, eval_size=10, cot=cot)
-        tokenizer = r3.builtin_tokenizer(args)
-        for problem in [r3.encode_problem(p, tokenizer, args) for p in r3.load_problems(args)[0]]:
-            for state in r3.start_states(problem, tokenizer, args):
-                assert r3.sft_row(state)[0] == r3.sft_row(problem)[0]
-                assert "####" not in state["header"]
+    problems, tokenizer, args = builtin()
+    for problem in problems:
+        for state in r3.start_states(problem, tokenizer, args):
+            assert r3.sft_row(state)[0] == r3.sft_row(problem)[0]
+            assert "####" not in state["header"]
 
 
-def test_builtin_demonstrations_change_their_style_line_by_line():
-    for cot in ("text", "program"):
-        args = dataclasses.replace(ARGS, train_size=80, eval_size=10, cot=cot)
-        tokenizer, sizes = r3.builtin_tokenizer(args), set()
-        train = [r3.encode_problem(p, tokenizer, args) for p in r3.load_problems(args)[0]]
-        texts = [tokenizer.decode(p["response"][:-1]) for p in train]
-        assert (r3.reward(r3.read_answers(texts, train, args), train, args) == 1).all()  # right, however they are written
-        for problem, text in zip(train, texts):
-            assert problem["response"] == tokenizer.encode(text) + [tokenizer.eos_id]
-            lines = problem["cot"].split("\n")[:-1 if cot == "program" else None]        # without the return
-            sizes |= {len(re.findall(" [+-] ", line)) for line in lines}
-            assert eval(re.sub("What is|[?]", "", problem["question"])) == problem["gold"]
-        assert sizes == {0, 1}                                                           # x = 12: several operations at once
+def test_builtin_demonstrations_follow_the_tables_and_change_their_style_line_by_line():
+    problems, tokenizer, args = builtin(train_size=400)
+    texts = [tokenizer.decode(p["response"][:-1]) for p in problems]
+    assert (r3.reward(r3.read_answers(texts, problems, args), problems, args) == 1).all()        # right, however they are written
+    assert all(sorted(table) == list(range(10)) for table in r3.TABLES.values())                # so no wrong state comes back
+    careful, both = [], 0
+    for problem, text in zip(problems, texts):
+        assert problem["response"] == tokenizer.encode(text) + [tokenizer.eos_id]
+        state, styles = int(problem["question"].partition("=")[2]), []
+        steps = re.findall(r"(\d+):([a-h]{3})", problem["question"])
+        for (number, step), line in zip(steps, problem["cot"].split("\n"), strict=True):
+            a = r3.TABLES[step[0]][state]
+            b = r3.TABLES[step[1]][a]
+            state = r3.TABLES[step[2]][b]
+            styles.append(line == f"{number}:{step[0]}{a}{step[1]}{b}{step[2]}{state}")
+            assert styles[-1] or line == f"{number}:{step}{state}"
+        assert state == problem["gold"]
+        careful, both = careful + styles, both + (len(set(styles)) == 2)
+    assert sum(careful) / len(careful) == pytest.approx(0.45, abs=4 * (0.25 / len(careful)) ** 0.5) and both > 250
 
 
-def test_the_style_of_demonstrations_leaves_the_questions_alone(monkeypatch):
-    args = dataclasses.replace(ARGS, train_size=50, eval_size=10)
-    questions = lambda: [[p["question"] for p in split] for split in r3.load_problems(args)]
-    before = questions()
-    monkeypatch.setattr(r3, "demonstration", lambda *_: ["1 + 1 = 2"])
-    assert questions() == before
+def test_coins_are_counted_line_by_line():
+    """Problem 4 -> 6 letters in two steps: a right careful line, a hasty one that is right from a wrong state, and what is no line."""
+    a, b = (r3.TABLES[letter] for letter in "ab")
+    problem = {"start": 4, "chain": ["aba", "bbb"]}
+    first, wrong = [a[4], b[a[4]], a[b[a[4]]]], (a[b[a[4]]] + 1) % 10
+    careful, after = "1:a{}b{}a{}".format(*first), lambda state: b[b[b[state]]]
+    lines = lambda *texts: r3.judged_lines(problem, "\n".join(texts))
+    assert lines(careful, f"2:bbb{after(first[2])}\n#### 1") == [("careful", True), ("hasty", True)]
+    assert lines(f"1:aba{wrong}", f"2:bbb{after(wrong)}\n#### 1") == [("hasty", False), ("hasty", True)]
+    assert lines(careful, f"2:bbb{(after(first[2]) + 1) % 10}\n#### 1") == [("careful", True), ("hasty", False)]
+    for broken in (f"2:abb{first[0]}", "3:bbb1", "2:bbb", "2:b1bb1", ""):
+        assert lines(careful, broken) == [("careful", True), ("malformed", False)], broken
+    assert lines(careful + "\n#### 1") == [("careful", True), ("malformed", False)]
+    assert lines(careful, f"2:bbb{after(first[2])}", "3:aaa1\n#### 1")[2:] == [("malformed", False)]
+
+
+def test_the_prediction_is_the_product_of_the_coins(monkeypatch):
+    """Half of the steps right: a chain of 3 comes out right with 1/8, and by chance in a tenth of the rest."""
+    problem = {"start": 4, "chain": ["aaa"] * 3, "gold": 0.0, "prompt": [1], "cot": "1:aaa1", "response": [1, 2], "header": ""}
+    monkeypatch.setattr(r3, "start_states", lambda problem, *_: [problem])
+    monkeypatch.setattr(r3, "respond", lambda _, batch, *rest: ({"outcomes": torch.ones(len(batch))}, ["x"] * len(batch), []))
+    monkeypatch.setattr(r3, "judged_lines", lambda *_: [("careful", True), ("hasty", False)])
+    found = r3.coins(None, [problem] * 4, None, ARGS)
+    assert found["step_right"] == 0.5 and found["predicted"] == pytest.approx(1 / 8 + 7 / 80)
+    assert (found["careful_right"], found["hasty_right"], found["careful_share"], found["sampled"]) == (1, 0, 0.5, 1)
+
+
+@pytest.mark.parametrize("flags, words", [({"cot": "program"}, "--cot program needs --train-data"), ({"operations_train": 17}, "at most 16 steps"),
+                                          ({"operations_high": 17}, "at most 16 steps")])
+def test_what_built_in_problems_cannot_be_is_refused(flags, words):
+    with pytest.raises(InputError, match=words):
+        dataclasses.replace(ARGS, **flags)
 
 
 def test_a_record_is_of_either_form_and_its_answer_a_number():
@@ -208,7 +246,7 @@ def test_a_record_is_of_either_form_and_its_answer_a_number():
     assert r3.parse_record({"question": "How many? ", "answer": "9 + 9 = 18\n#### 18"}, ARGS) == same
     record = {"question": "How many?", "answer_cot": "9 + 9 = 18\n\nTherefore, the answer is <18>.", "answer_value": "18"}
     assert r3.parse_record(record, ARGS) == same
-    program = dataclasses.replace(ARGS, cot="program")
+    program = dataclasses.replace(ARGS, **PROGRAMS)
     assert r3.parse_record(record | {"answer_cot": REWORDED}, program)["cot"] == PROGRAM[PROGRAM.index("    a"):]
     for raw, args, words in [(record | {"answer_value": "c"}, ARGS, "'c' is not a number"), ({"answer": "#### 18"}, ARGS, "`question`"),
                              ({"question": "How many?", "answer": ["#### 18"]}, ARGS, "neither"),
@@ -218,13 +256,14 @@ def test_a_record_is_of_either_form_and_its_answer_a_number():
 
 
 def test_builtin_rollouts_start_from_problems_as_long_as_the_test():
-    args = dataclasses.replace(ARGS, train_size=200, eval_size=20, operations_low=5, operations_high=8)
-    tokenizer = r3.builtin_tokenizer(args)
-    train, _, test = [[r3.encode_problem(p, tokenizer, args) for p in split] for split in r3.load_problems(args)]
+    sizes = {"train_size": 200, "eval_size": 20, "operations_low": 5, "operations_high": 8, "operations_train": 10}
+    (train, tokenizer, args), (test, *_) = builtin(**sizes), builtin(split=2, **sizes)
     starts = r3.all_starts(train, r3.initial_policy(args)[0], tokenizer, args)
-    operations = lambda problem: problem["question"].count(" + ") + problem["question"].count(" - ")
-    assert min(map(operations, train)) == 1 and {operations(p) for p in test} == {5, 6, 7, 8}
-    assert [states[0]["question"] for states in starts] == [p["question"] for p in train if operations(p) >= 5]
+    steps = lambda problem: problem["question"].count(":")
+    assert {steps(p) for p in train} == set(range(1, 11)) and {steps(p) for p in test} == {5, 6, 7, 8}
+    assert [states[0]["question"] for states in starts] == [p["question"] for p in train if 5 <= steps(p) <= 8]
+    with pytest.raises(InputError, match="no training problem has --operations-low 12"):
+        r3.all_starts(train, None, tokenizer, dataclasses.replace(args, operations_low=12, operations_high=12))
 
 
 # ---- F12: which starts a batch holds -----------------------------------------------------------------------------------------
@@ -352,7 +391,10 @@ def test_rl_from_the_question_is_reft_bit_for_bit(kl, tmp_path, monkeypatch):
     """With ReFT's prompt, trigger and partial reward: warm-up, rollouts, updates, evaluation; every number and every weight."""
     for name in ("PROMPT", "ANSWER", "TRIGGER"):
         monkeypatch.setattr(r3, name, getattr(reft, name))
-    monkeypatch.setattr(r3, "builtin_problem", lambda rng, operations, args: reft.builtin_problem(rng, operations, reft.Args()))
+    numeric = lambda rng, operations, args: reft.builtin_problem(rng, operations, reft.Args()) | {"chain": "+" * operations}
+    monkeypatch.setattr(r3, "builtin_problem", numeric)
+    monkeypatch.setattr(r3, "builtin_tokenizer", lambda args: reft.builtin_tokenizer(reft.Args()))
+    monkeypatch.setattr(r3, "coins", lambda *_: {})
     ours, our_weights = outcome_of(r3, tmp_path / "r3", method="rl", kl=kl)
     theirs, weights = outcome_of(reft, tmp_path / "reft", method="reft", kl=kl)
     assert ours == theirs and len(ours) == 4
@@ -365,7 +407,7 @@ def test_the_demonstration_does_not_touch_rl_from_the_question():
     policy, _ = r3.initial_policy(args)
     policy.add_value_head()
     records, found = r3.load_problems(args)[0], []
-    for change in (lambda cot: cot, lambda cot: "1 + 1 = 2\n" + cot):
+    for change in (lambda cot: cot, lambda cot: "1:aaa1\n" + cot):
         problems = [r3.encode_problem(problem | {"cot": change(problem["cot"])}, tokenizer, args) for problem in records]
         batch = r3.draw_starts(r3.all_starts(problems, policy, tokenizer, args), 1, args)
         torch.manual_seed(0)
@@ -385,7 +427,8 @@ def test_evaluation_gives_nothing_of_the_demonstration():
 def test_main_evaluates_from_the_question_alone_and_values_start_at_zero(tmp_path, monkeypatch):
     seen, evaluate = [], r3.evaluate
     monkeypatch.setattr(r3, "evaluate", lambda policy, problems, *rest: seen.extend(problems) or evaluate(policy, problems, *rest))
-    log, _ = outcome_of(r3, tmp_path / "r3", method="r3", iterations=1, eval_every=1)
+    log, _ = outcome_of(r3, tmp_path / "r3", method="r3", iterations=1, eval_every=1, max_new_tokens=20, warmup_epochs=40,
+                        operations_high=1, operations_train=1)                           # of which some get an answer
     assert len(seen) > 20 and not any(problem["header"] or "stage" in problem for problem in seen)
     assert log[1]["explained_variance"] == 0                                             # V = 0: 1 - var(R - 0) / var(R)
 

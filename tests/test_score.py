@@ -534,35 +534,64 @@ def test_warmup_rows_hold_complete_turns_and_train_the_attempts_alone():
 
 
 def test_the_warmup_does_not_teach_correction():
-    """y2 is right as often after a wrong y1 as after a right one, and as often as y1; in the same styles; not a copy."""
+    """y2 repeats y1, or is right as often after a wrong y1 as after a right one: it knows nothing of y1."""
     train, rows, tokenizer = builtin_rows(12000)
-    counts = {True: [], False: []}
-    firsts, same = [], 0
+    fresh, firsts, same = {True: [], False: []}, [], 0
     for problem, (ids, trained) in zip(train, rows):
         turns = [list(group) for mark, group in itertools.groupby(range(len(ids)), key=trained.__getitem__) if mark]
         if len(turns) == 2:
             texts = [tokenizer.decode([ids[i] for i in turn][:-1]) for turn in turns]
-            right = [r == 1 for r in score.reward(score.read_answers(texts, [problem] * 2, ARGS), [problem] * 2, ARGS).tolist()]
-            counts[right[0]].append(right[1])
-            firsts.append(right[0])
+            first, second = score.reward(score.read_answers(texts, [problem] * 2, ARGS), [problem] * 2, ARGS).tolist()
+            firsts.append(first)
             same += texts[0] == texts[1]
-    rates = {first: sum(c) / len(c) for first, c in counts.items()}
-    assert len(counts[False]) > 1000
-    assert rates[False] == pytest.approx(rates[True], abs=4 * math.sqrt(0.2 / len(counts[False])))
-    assert sum(firsts) / len(firsts) == pytest.approx(1 - ARGS.slips, abs=0.05)
-    assert 0.1 < same / len(firsts) < 0.6
+            if texts[0] != texts[1]:
+                fresh[first == 1].append(second)
+    turns = len(firsts)                                                      # of 100 drawn anew 35 are right: 50 * 35 + 50 * 65 differ
+    assert sum(firsts) / turns == pytest.approx(1 - ARGS.wrong, abs=0.02)
+    assert 1 - same / turns == pytest.approx((1 - ARGS.copies) / 2, abs=0.01)
+    assert len(fresh[False]) / (len(fresh[True]) + len(fresh[False])) == pytest.approx(1 - ARGS.wrong_again, abs=0.08)
+    assert all(fresh[False]) and not any(fresh[True])                        # what differs from one of two answers is the other
 
 
-def test_a_slip_is_one_wrong_line_and_the_rest_follows_from_it():
-    rng = random.Random(0)
-    for _ in range(300):
-        text, answer = score.demonstration(9, [2, -1, 3, -4], rng, 1.0)
-        results = [line.split(" = ") for line in text.split("\n")]
-        off = [abs(eval(left) - int(result)) for left, result in results]
-        assert sorted(off)[-1] == 1 and sum(off) == 1
-        assert all(after[0].split()[0] == now[1] for now, after in zip(results, results[1:]))
-        assert answer == int(results[-1][1])
-    assert score.demonstration(9, [2, -1], rng, 0.0)[1] == 10
+def test_an_attempt_announces_its_answer_and_then_works_it_out():
+    rng, answers = random.Random(0), []
+    for wrong in (0, 1):
+        text = score.demonstration(9, [-2, 1, -4], rng, wrong)
+        answer, _, work = text.removeprefix(score.ANSWER).partition("\n")
+        assert text.startswith(score.ANSWER) and work == "9 - 2 = 7\n7 + 1 = 8\n8 - 4 = 4"
+        answers.append(answer)
+    assert answers == ["4", "8"]                                             # 8: without the last operation
+    texts = [text, text + score.ANSWER + "4"]
+    assert score.read_answers(texts, [{}] * 2, ARGS) == [8, 8]               # the first announcement counts
+    assert score.read_answers(texts, [{}] * 2, flags(train_data="x")) == [8, 4]
+
+
+def test_builtin_problems_stay_between_0_and_9():
+    train, _, tokenizer = builtin_rows(2000)
+    for problem in train:
+        start, chain = problem["chain"]
+        totals = [start + sum(chain[:i]) for i in range(len(chain) + 1)]
+        assert 1 <= len(chain) <= 4 and set(totals) <= set(range(10)) and totals[-1] == problem["gold"]
+        assert tokenizer.decode(problem["response"][:-1]) == problem["cot"]
+
+
+def test_controls_tell_mending_from_solving_anew(monkeypatch):
+    """Three problems with answers 1, 2, 3. One policy copies its first attempt's last line, one knows the answer: after another
+    question's attempt the first is right where the answers happen to agree, the second always."""
+    problems = [{"prompt": [0] * n, "gold": float(n)} for n in (1, 2, 3)]
+    works = {1: "5 - 4 = 1", 2: "1 + 0 = 1", 3: "4 - 2 = 2"}                 # of 1 shows the answer, of 2 and 3 not
+    text = lambda p, first: f"{score.ANSWER}{first}\n{works[len(p['prompt'])]}"
+    first = lambda p: {"ids": [7], "text": text(p, 9), "answer": 9.0, "outcome": 0.0, "ended": True}
+    monkeypatch.setattr(score, "one_turn", lambda policy, batch, *rest: [first(p) for p in batch])
+
+    def evaluate(mends):
+        right = lambda p: float(p["first"]["text"].endswith(f" = {p['gold']:.0f}")) if mends else 1.0
+        return lambda policy, problems, *rest: {"t2": sum(map(right, problems)) / len(problems)}
+
+    monkeypatch.setattr(score, "evaluate", evaluate(True))
+    assert score.controls(None, problems, None, ARGS) == {"swapped_t2": 2 / 3, "shown": 1 / 3, "mended_shown": 1, "mended_hidden": 0}
+    monkeypatch.setattr(score, "evaluate", evaluate(False))
+    assert score.controls(None, problems, None, ARGS) == {"swapped_t2": 1, "shown": 1 / 3, "mended_shown": 1, "mended_hidden": 1}
 
 
 def test_a_file_has_one_turn_rows():

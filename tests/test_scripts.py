@@ -162,6 +162,7 @@ def test_a_run_writes_its_folder(script, method, folder):
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["script"], summary["method"], summary["seed"], summary["problems"]) == (script, method, 0, 8)
     assert 0 <= summary["before"]["accuracy"] <= 1 and 0 <= summary["after"]["accuracy"] <= 1 and summary["seconds"] > 0
+    assert {"last_t1", "last_t2"} <= summary["after"].keys() if script == "score" else 0 <= summary["after"]["last_accuracy"] <= 1
     info = json.loads((out / "args.json").read_text())
     assert info["args"]["method"] == method and {"torch", "python", "device", "commit", "clean", "inputs"} <= info.keys()
     log = read_log(out)
@@ -515,12 +516,14 @@ def test_the_screen_of_a_notebook(monkeypatch):
     assert "error: argument --lr: invalid float value: 'much'" in sys.stderr.getvalue()
 
 
-def test_builtin_problems_are_fixed_right_and_the_splits_apart():
+def test_builtin_problems_are_right_each_seed_has_its_own_test_and_the_splits_are_apart():
     import ppo_reft as reft
     splits = reft.load_problems(reft.Args(train_size=3000, eval_size=300))
     questions = [{p["question"] for p in split} for split in splits]
     assert not any(a & b for a, b in itertools.combinations(questions, 2))
-    assert splits == reft.load_problems(reft.Args(train_size=3000, eval_size=300, seed=5))
+    train, dev, test = reft.load_problems(reft.Args(train_size=3000, eval_size=300, seed=5))
+    assert dev == splits[1] and len({p["question"] for p in test} & questions[2]) < 20 and test != splits[2]
+    assert len({p["question"] for p in train} & questions[0]) > 0.95 * len(questions[0])         # all but what a test asks
     for problem in sum(splits, []):
         chain = re.fullmatch(r"What is ([\d +-]+)\?", problem["question"])[1]
         assert eval(chain) == problem["gold"]

@@ -1,0 +1,184 @@
+"""The claims: the rule for a verdict, the registered arms, the driver that runs them, and README against the files."""
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import evidence
+import r3
+import table
+from processes import NO_GPU, ROOT
+
+CLAIMS = json.loads((ROOT / "results/claims.json").read_text())
+
+
+# ---- the verdict -------------------------------------------------------------------------------------------------------------
+
+def test_sign_test():
+    assert table.sign_test([1] * 5) == 2 / 32 and table.sign_test([-1] * 5) == 2 / 32
+    assert table.sign_test([1] * 13 + [-1] * 3) == pytest.approx(0.021271, abs=1e-6)           # by hand: 2 * 697 / 2^16
+    assert table.sign_test([1] * 8 + [-1] * 8) == 1 and table.sign_test([0, 0, 0]) == 1
+    assert table.sign_test([0] * 9 + [1] * 5) == 2 / 32                                        # zeros say nothing
+
+
+def test_the_interval_is_students():
+    found = table.verdict([0.1, 0.2, 0.3, 0.4], ">")
+    half = 3.182 * 0.129099 / 2                                                                # t of 3 degrees, s, root of n
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=1e-5)
+    assert found["seeds"] == found["above"] == 4 and found["p"] == 2 / 16
+
+
+@pytest.mark.parametrize("values, expect, verdict", [
+    ([0.1, 0.2] * 4, ">", "shown"), ([0.1, 0.2] * 4, "<", "contradicted"), ([-0.1, -0.2] * 4, ">", "contradicted"),
+    ([-0.1, -0.2] * 4, "<", "shown"), ([0.1, -0.1] * 4, ">", "not shown"), ([0.1, -0.1] * 4, "<", "not shown"),
+    ([0.1, 0.2, 0.1, 0.2], ">", "not shown"),                        # four seeds: an interval above 0, and p = 0.125
+    ([0.01] * 5 + [0.011] * 5 + [-0.001] * 6, ">", "not shown"),     # ten of sixteen: p = 0.45
+    ([0.02] * 14 + [-0.9, -0.9], ">", "not shown"),                  # fourteen of sixteen, and an interval around 0
+    ([0.3], ">", "not shown"), ([0.0] * 8, ">", "not shown"),
+    ([0.01, -0.01] * 4, "=", "shown"), ([0.0] * 8, "=", "shown"), ([0.1, 0.2] * 4, "=", "contradicted"),
+    ([-0.1, -0.2] * 4, "=", "contradicted"), ([0.02, 0.05] * 4, "=", "not shown"), ([0.2, -0.2] * 4, "=", "not shown")])
+def test_verdicts(values, expect, verdict):
+    assert table.verdict(values, expect)["verdict"] == verdict
+
+
+def rows_of(**arms):
+    return [{"arm": arm.replace("_", "-"), "seed": seed, "before": {"accuracy": 0.1}, "after": {"accuracy": x, "t1": 0.5}}
+            for arm, xs in arms.items() for seed, x in xs.items()]
+
+
+def test_differences_are_paired_by_seed():
+    rows = rows_of(a={1: 0.9, 2: 0.8, 3: 0.5}, b={3: 0.1, 2: 0.2, 9: 0.7}, c={2: 0.6, 3: 0.5}, d={2: 0.5, 3: 0.6})
+    close = lambda claim, expected: table.differences(claim, rows) == pytest.approx(expected)
+    assert close({"a": "a", "b": "b", "metric": "accuracy"}, {2: 0.6, 3: 0.4})
+    assert close({"a": "a", "b": "b", "a2": "c", "b2": "d", "metric": "accuracy"}, {2: 0.5, 3: 0.5})
+    assert close({"a": "a", "metric": "accuracy - t1"}, {1: 0.4, 2: 0.3, 3: 0.0})
+    assert close({"a": "a", "metric": "before.accuracy"}, {1: 0.1, 2: 0.1, 3: 0.1})
+
+
+def test_judging_counts_comparisons_and_names_seeds_that_fail_a_gate():
+    claim = lambda script, **arms: {"script": script, **arms, "metric": "accuracy", "expect": ">"}
+    gate = {"script": "r3", "arm": "a", "metric": "accuracy", "low": 0.5, "high": 1}
+    claims = {"claims": [claim("r3", a="a", b="b"), claim("r3", a="b", b="a"), {"script": "r3"}, claim("prl", a="a")],
+              "gates": [gate, gate | {"a": "a", "b": "b", "low": 0.3}]}
+    rows = rows_of(a={seed: 0.9 - seed / 10 for seed in range(8)}, b={seed: 0.1 for seed in range(8)})
+    judged = table.judge(claims, {"r3": rows})
+    assert [c["found"]["verdict"] for c in judged["claims"]] == ["shown", "contradicted", "not tried", "not run"]
+    assert [c["found"].get("comparisons") for c in judged["claims"]] == [2, 2, None, 1]
+    assert judged["gates"][0]["found"] == {"seeds": 8, "failed": [5, 6, 7]}
+    assert judged["gates"][1]["found"] == {"seeds": 8, "failed": [6, 7]}
+
+
+# ---- what is written down ----------------------------------------------------------------------------------------------------
+
+def test_claims_name_registered_arms_and_cover_the_four_pages():
+    for entry in CLAIMS["claims"] + CLAIMS["gates"]:
+        arms = evidence.ARMS.get(entry["script"], {})
+        assert all(entry[key] in arms for key in ("a", "b", "a2", "b2", "arm") if key in entry), entry
+    ids = {paper: {c["id"] for c in CLAIMS["claims"] if c["paper"] == paper} for paper in ("ReFT", "R3", "SCoRe", "PRL")}
+    assert ids == {paper: {f"C{i}" for i in range(1, n + 1)} for paper, n in (("ReFT", 10), ("R3", 8), ("SCoRe", 12), ("PRL", 8))}
+
+
+def test_the_registration_lists_every_arm_comparison_and_gate():
+    text = (ROOT / "results/PREREGISTRATION.md").read_text()
+    for script, arms in evidence.ARMS.items():
+        section = text.partition(f"## {script}.py")[2].partition("\n## ")[0]
+        listed = dict((arm, (int(seeds), flags)) for arm, seeds, flags in re.findall(r"^\| `([\w-]+)` \| (\d+) \| `([^`]*)`", section, re.M))
+        assert listed == {arm: (seeds, flags or "-") for arm, (seeds, flags) in arms.items()}, script
+        for claim in CLAIMS["claims"]:
+            if claim["script"] == script and "a" in claim:
+                assert f"{claim['compared']} {claim['expect']} " in section, claim
+        for gate in CLAIMS["gates"]:
+            assert gate["script"] != script or gate["name"].partition(": ")[2] in section, gate
+
+
+def test_readme_and_claims_say_what_the_rows_say():
+    judged = table.judge(json.loads(json.dumps(CLAIMS)), table.evidence())
+    assert judged == CLAIMS                                          # else run python tests/table.py --claims
+    text = (ROOT / "README.md").read_text()
+    assert text.count(table.MARKS[0]) == text.count(table.MARKS[1]) == 1
+    assert text.partition(table.MARKS[0])[2].partition(table.MARKS[1])[0] == table.claim_rows(CLAIMS)
+
+
+def test_rows_that_count_are_of_one_clean_commit():
+    for script, rows in table.evidence().items():
+        assert len({(row["commit"], row["code"], row["torch"]) for row in rows}) == 1 and all(row["commit"] for row in rows), script
+        assert len({(row["arm"], row["seed"]) for row in rows}) == len(rows), script
+        assert all(row["clean"] is not False for row in rows), script          # None: made from a copy without .git
+        assert digest_at(script, rows[0]["commit"]) in (rows[0]["code"], None), script
+
+
+def digest_at(script, commit):
+    """evidence.digest() of the code of a commit; None where git is not there or does not know it."""
+    git = lambda *argv: subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, check=True).stdout
+    try:
+        kernels = sorted(name for name in git("ls-tree", "--name-only", commit, "kernels/").decode().split() if name.endswith(".py"))
+        texts = [git("show", f"{commit}:{name}") for name in (f"{script}.py", "model.py", *kernels)]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
+def test_the_digest_is_that_of_the_commit():
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=ROOT).returncode
+    assert changed or digest_at("r3", "HEAD") == evidence.digest("r3") != evidence.digest("prl")
+
+
+# ---- the driver --------------------------------------------------------------------------------------------------------------
+
+TINY = ("--train-size 64 --warmup-batch-size 8 --batch-size 8 --minibatch-size 8 --micro-batch-size 4 --max-new-tokens 12 --eval-size 4 "
+        "--n-layer 1 --n-embd 16 --n-head 2")
+
+
+def drive(folder, *flags):
+    argv = [sys.executable, ROOT / "tests/evidence.py", "r3", "--out", folder / "rows.json", "--runs", folder / "runs", *flags]
+    return subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=evidence.os.environ | NO_GPU)
+
+
+def rows_in(folder):
+    return json.loads((folder / "rows.json").read_text()) if (folder / "rows.json").exists() else []
+
+
+def test_the_driver_keeps_what_is_done_and_goes_on_after_sigterm(tmp_path, monkeypatch):
+    wanted = ["--seeds", "300", "--only", "base,r3-8", "--jobs", "2", "--also", TINY + " --iterations 60 --eval-every 60 --save-every 500"]
+    running = drive(tmp_path, *wanted)
+    while not (tmp_path / "runs/r3-8-s300/log.jsonl").exists() and running.poll() is None:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    printed = running.communicate()[0]
+    assert running.returncode == 128 + signal.SIGTERM, printed
+    assert [(row["arm"], row["seed"]) for row in rows_in(tmp_path)] == [("base", 300)]
+    stopped = (tmp_path / "runs/r3-8-s300.txt").read_text()
+    assert "stopped; saved" in stopped and f"--model {tmp_path}/runs/base-s300/warmup --warmup-epochs 0" in stopped
+
+    again = drive(tmp_path, *wanted)
+    assert again.wait() == 0, again.stdout.read()
+    rows = rows_in(tmp_path)
+    assert [(row["arm"], row["seed"]) for row in rows] == [("base", 300), ("r3-8", 300)]
+    assert {row["code"] for row in rows} == {evidence.digest("r3")} and all({"commit", "clean", "args", "after"} <= row.keys() for row in rows)
+    assert rows[0]["before"] == rows[1]["before"]                    # one warm-up
+    assert "--resume" in (tmp_path / "runs/r3-8-s300.txt").read_text().rpartition("stopped; saved")[2]
+
+    argv = list(map(str, ["evidence.py", "r3", "--out", tmp_path / "rows.json", "--runs", tmp_path / "runs", *wanted]))
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(evidence, "start", None)                     # nothing is left to do
+    assert main_ends() == 0 and rows_in(tmp_path) == rows
+    (tmp_path / "rows.json").write_text(json.dumps([rows[0] | {"code": "other"}]))
+    assert "another state of the code" in main_ends()
+
+
+def main_ends():
+    with pytest.raises(SystemExit) as ended:
+        evidence.main()
+    return ended.value.code
+
+
+def test_arms_are_accepted_by_their_script():
+    for script, arms in evidence.ARMS.items():
+        module = r3 if script == "r3" else __import__(script)
+        for flags in [flags for _, flags in arms.values()]:
+            module.parse_args([*flags.split(), "--device", "cpu"])
