@@ -30,6 +30,7 @@ import copy
 import datetime
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -133,11 +134,8 @@ TRIGGER = ANSWER                          # the last one in a response announces
 def reward(answers, problems, args):
     """Outcome of each response (B,): 1 for the right answer, args.partial_reward for another number, 0 for no answer. A wrong
     letter earns nothing (the authors' code pays it 0.1 as well)."""
-    def outcome(answer, gold):
-        if isinstance(gold, str) or answer is None:
-            return float(answer == gold)
-        return 1.0 if abs(answer - gold) <= 1e-2 else args.partial_reward                                            # F2
-    return torch.tensor([outcome(answer, problem["gold"]) for answer, problem in zip(answers, problems)])
+    partial = lambda answer: args.partial_reward if isinstance(answer, float) else 0.0
+    return torch.tensor([1.0 if right else partial(answer) for right, answer in zip(agree(answers, problems), answers)])  # F2
 
 
 def token_rewards(outcomes, kl_k1, kl, response_mask, args):
@@ -382,7 +380,6 @@ def self_training_rows(policy, train, tokenizer, args):
 
 def vote(answers):
     """The answer given most often, floats equal within 1e-2, of equally many the first seen; None is not counted."""
-    same = lambda a, b: a == b or isinstance(a, float) and abs(a - b) <= 1e-2
     counts = {}                                                      # {the first of its kind: how many}
     for answer in answers:
         if answer is not None:
@@ -495,6 +492,8 @@ def builtin_tokenizer(args):
 
 def parse_record(raw, args):
     """A record of a data file as {"question", "cot", "answer": text, "gold": float, or a letter for multiple choice}."""
+    if isinstance(raw, dict) and isinstance(raw.get("problem"), str) and args.cot == "text":
+        return parse_math(raw)
     if not isinstance(raw, dict) or not isinstance(raw.get("question"), str):
         raise InputError("a record needs a text `question`")
     if isinstance(raw.get("answer_value"), (str, int, float)) and isinstance(raw.get("answer_cot") or "", str):
@@ -529,15 +528,15 @@ def encode_problem(problem, tokenizer, args):
 
 
 def read_answers(texts, problems, args):
-    """The answer of each response: a float, a letter where the problem is multiple choice, None if there is none. A response in
-    words announces it after the last TRIGGER; a program is run."""
+    """The answer of each response: a float, a letter where the problem is multiple choice, LaTeX where the right one is, None if
+    there is none. A response in words announces it; a program is run."""
     if args.cot == "program":
         found = run_programs([problem["header"] + text for problem, text in zip(problems, texts)])
     else:
-        found = [text.rpartition(TRIGGER)[2].strip() if TRIGGER in text else None for text in texts]
-        found = [text if args.strict else text and text.split("\n")[0] for text in found]   # strict: all that follows
+        found = [announced(text, problem["gold"], args.strict) for text, problem in zip(texts, problems)]
     read = {str: read_letter, float: read_float if args.strict else read_number}
-    found = [read[type(p["gold"])](answer) if isinstance(answer, str) else answer for answer, p in zip(found, problems)]
+    found = [read[type(p["gold"])](answer) if isinstance(answer, str) and not is_latex(p["gold"]) else answer
+             for answer, p in zip(found, problems)]
     return [answer if type(answer) is type(problem["gold"]) else None for answer, problem in zip(found, problems)]
 
 
@@ -552,12 +551,6 @@ def judged(problems, where, args):
         names = [problem["question"][:40] for problem, fail in zip(problems, fails) if fail]
         say(f"warning: {where}: {len(names)} problems are left out, whose own program does not give the answer here: {names}")
     return [problem for problem, fail in zip(problems, fails) if not fail]
-
-
-def read_float(text):
-    """What float() makes of all of text, as in the authors' code: nan and inf are numbers, "18 apples" is None."""
-    with suppress(ValueError):
-        return float(text)
 
 
 def attempt(policy, problems, tokenizer, args, temperature):
@@ -598,7 +591,7 @@ def contradictions(data, texts, problems):
         option, reached = re.search(rf"\b{problem['gold']} \) (\S+)", problem["question"]), re.findall(r"= (\S+)", text)
         return bool(option and reached and read_number(reached[-1]) != read_number(option[1]))
 
-    if not isinstance(problems[0]["gold"], str):
+    if not isinstance(problems[0]["gold"], str) or is_latex(problems[0]["gold"]):
         return {}
     return {"contradictions": [outcome == 1 and contradicts(text, problem)
                                for outcome, text, problem in zip(data["outcomes"].tolist(), texts, problems)]}
@@ -818,6 +811,12 @@ SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in [
 ]]
 
 
+def read_float(text):
+    """What float() makes of all of text, as in the authors' code: nan and inf are numbers, "18 apples" is None."""
+    with suppress(ValueError):
+        return float(text)
+
+
 def read_number(text):
     """The number after the last "=" of a line; None unless there is just one and it has one reading. Units, currency and % are
     ignored; a comma before exactly three digits groups them, another is a decimal comma; points group in 1.234,5 and 1.234.567."""
@@ -842,18 +841,152 @@ def read_number(text):
         return (-value if "-" in sign else value) if math.isfinite(value) else None
 
 
+# ==== LaTeX answers ===========================================================================================================
+
+def is_latex(answer):
+    r"""Answers in LaTeX are texts "\boxed{...}", wherever they come from."""
+    return isinstance(answer, str) and answer.startswith("\\boxed{")
+
+
+def as_latex(text):
+    r"""A text as an answer in LaTeX, without the dollars and the full stop of its sentence; None if nothing is left."""
+    text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text.strip(" \n$.")).strip()
+    return f"\\boxed{{{text}}}" if text else None
+
+
+def last_box(text):
+    r"""What the last \boxed{...} of a text holds, braces matched by counting; None if there is none, or if it does not end."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for found in re.finditer(r"\\.|[{}]", rest if box else "", re.S):        # \{ is no brace
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if not depth:
+            return rest[:found.start()]
+
+
+def parse_math(raw):
+    r"""A record of MATH's form: `problem`, `answer`, and `solution` if it is to be trained on. Where there is no answer, or where
+    it is a solution itself (Minerva), the last box holds it."""
+    solution, answer = raw.get("solution") or "", raw.get("answer")
+    answer = solution if answer is None else f"{answer:.0f}" if isinstance(answer, float) and answer.is_integer() else answer
+    if not isinstance(solution, str) or not isinstance(answer, (str, int, float)):
+        raise InputError("`solution` and `answer` must be texts")
+    box = last_box(str(answer))
+    gold = None if box is None and answer is solution else as_latex(str(answer) if box is None else box)
+    if gold is None:
+        raise InputError("MATH's form needs an `answer`, or a `solution` with a \\boxed{...}")
+    if not importlib.util.find_spec("math_verify"):
+        raise InputError("LaTeX answers need math-verify (pip install math-verify)")
+    cot = solution if solution or box is None else answer
+    return {"question": raw["problem"].strip(), "cot": cot.strip(), "answer": gold, "gold": gold}
+
+
+# what a process does that compares them: hostile text, over which sympy may take for ever or all the memory there is
+COMPARE = """
+import faulthandler, json, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+except (ImportError, OSError, ValueError):
+    pass
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy.core.random import seed
+boxes = [LatexExtractionConfig(boxed_match_priority=0)]
+for line in sys.stdin:
+    faulthandler.dump_traceback_later(5, exit=True)
+    try:
+        seed(0)
+        gold, answer = [parse(text, boxes, extraction_mode="first_match", parsing_timeout=None) for text in json.loads(line)]
+        equal = verify(gold, answer, timeout_seconds=None)
+    except Exception:
+        equal = False
+    faulthandler.cancel_dump_traceback_later()
+    print(int(equal), flush=True)
+"""
+COMPARING = []                                                       # such processes, without work at the moment
+
+
+@functools.lru_cache(100_000)
+def same_latex(gold, answer):
+    """Whether math-verify finds two LaTeX answers equal, in a process of its own. One that is at it for five seconds ends itself,
+    which works where no signal would reach it: then they are not equal."""
+    if len(answer) > 1000:
+        return False
+    worker = None
+    with suppress(IndexError):
+        worker = COMPARING.pop()
+    if worker is None or worker.poll() is not None:                  # in a session of its own: Ctrl-C is not meant for it
+        worker = subprocess.Popen([sys.executable, "-c", COMPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+                                  env=os.environ | {"PYTHONHASHSEED": "0"})
+    with suppress(OSError):                                          # it died on the way
+        print(json.dumps([gold, answer]), file=worker.stdin, flush=True)
+        if verdict := worker.stdout.readline():
+            COMPARING.append(worker)
+            return verdict == "1\n"
+    worker.kill()
+    worker.communicate()
+    return False
+
+
+# ==== what a response announces, and whether it is right ======================================================================
+
+def announced(text, gold, strict=False):
+    """The text that a response in words announces as its answer, None if there is none: what its last box holds or, if that
+    comes later, what follows the last TRIGGER on its line. strict: nothing but the form that was asked for, all that follows the
+    TRIGGER; for an answer in LaTeX the box."""
+    _, trigger, rest = text.rpartition(TRIGGER)
+    box, rest = last_box(rest), rest.strip() if trigger else None
+    found = box if box is not None else rest and rest.split("\n")[0]
+    if is_latex(gold):
+        found = box if strict else found
+        return as_latex(found) if found else None
+    return rest if strict else found
+
+
+def in_form(text, problem):
+    """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
+    nothing else, behind the TRIGGER. A program has one form."""
+    if problem.get("header") or "gold" not in problem:
+        return True
+    gold, found = problem["gold"], announced(text, problem["gold"], strict=True)
+    if found is None or is_latex(gold):
+        return found is not None
+    return len(found) == 1 if isinstance(gold, str) else read_float(found) is not None
+
+
+def same(gold, answer):
+    """Whether an answer is the right one: numbers within 1e-2, LaTeX by math-verify, letters. None never is."""
+    if answer is None:
+        return False
+    if is_latex(gold):
+        return answer == gold or same_latex(gold, answer)
+    return answer == gold or not isinstance(gold, str) and abs(answer - gold) <= 1e-2
+
+
+def agree(answers, problems):
+    """Which answers are the right ones."""
+    golds = [problem["gold"] for problem in problems]
+    if not any(map(is_latex, golds)):
+        return list(map(same, golds, answers))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
+        return list(threads.map(same, golds, answers))
+
+
 # ==== responses and their evaluation ==========================================================================================
 
 @torch.no_grad()
 def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask (B, T-1), ended (B,),
-    outcomes (B,)}, texts and answers. ended: stopped by itself, not cut off."""
+    outcomes (B,), strict (B,)}, texts and answers. ended: stopped by itself, not cut off; strict: right, in the asked form."""
     tokens, mask = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
     texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
     answers = read_answers(texts, problems, args)
-    return data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers
+    outcomes = reward(answers, problems, args)
+    strict = (outcomes == 1) & torch.tensor([in_form(text, problem) for text, problem in zip(texts, problems)])
+    return data | {"outcomes": outcomes.to(tokens.device), "strict": strict.to(tokens.device)}, texts, answers
 
 
 def response_ids(data):
@@ -863,7 +996,8 @@ def response_ids(data):
 
 def measures(data, answers):
     """{name: a number for each response} of what training and evaluation both log."""
-    return {"accuracy": (data["outcomes"] == 1).tolist(), "unparsed": [answer is None for answer in answers],
+    return {"accuracy": (data["outcomes"] == 1).tolist(), "strict_accuracy": data["strict"].tolist(),
+            "unparsed": [answer is None for answer in answers],
             "truncated": (~data["ended"]).tolist(), "response_length": data["response_mask"].sum(1).tolist()}
 
 
