@@ -73,8 +73,8 @@ class Args:
     # run
     method: Literal["r3", "staged", "rl", "sft"] = "r3"    # all starts mixed; baselines: in turn, the question alone, supervised
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
-    train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; empty: the built-in problems
-    eval_data: str = ""              # test set in the same form; needed with --train-data
+    train_data: str = ""             # GSM8K's or MATH's JSON lines, or ReFT's JSON list; empty: the built-in problems
+    eval_data: str = ""              # test set in the same form, or several: a.jsonl,b.jsonl; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), run in a sandbox
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
@@ -653,6 +653,17 @@ def read_problems(path, args):
     return judged(problems, path, args)
 
 
+def read_tests(args):
+    """The problems of each file of --eval-data, at most args.eval_size of one; of several files they name theirs as "set"."""
+    paths, tests = args.eval_data.split(","), []
+    names = [Path(path).stem for path in paths]
+    for name, path in zip(names if len(set(names)) == len(names) else paths, paths):
+        problems = read_problems(path, args)
+        problems = [p for p in problems if p.get("split") == "test"] or problems
+        tests += [p | ({"set": name} if len(paths) > 1 else {}) for p in problems[:args.eval_size]]
+    return tests
+
+
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
     problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
@@ -661,20 +672,19 @@ def load_problems(args):
         dev = builtin_problems(args.eval_size, low, high, 1, args)
         test = builtin_problems(args.eval_size, low, high, 2, args, without=dev)
         return builtin_problems(args.train_size, 1, high, 3, args, without=dev + test), dev, test
-    records, test = read_problems(args.train_data, args), read_problems(args.eval_data, args)
+    records, test = read_problems(args.train_data, args), read_tests(args)
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)
     held_out = set(questions[:min(500, len(questions) // 10)])
     named = {"train", "dev"} <= {p.get("split") for p in records}
     split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
-    test = [p for p in test if p.get("split") == "test"] or test
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     shared = len({p["question"] for p in test} & {p["question"] for p in train + dev})
     if shared:
         say(f"warning: {shared} questions of {args.eval_data} are in {args.train_data} as well: accuracy on them is no test")
-    return train, dev[:args.eval_size], test[:args.eval_size]
+    return train, dev[:args.eval_size], test
 
 
 def prepare(args):
@@ -940,14 +950,27 @@ def means(found):
     return {name: torch.tensor(values, dtype=torch.float64).mean(0).tolist() for name, values in found.items()}
 
 
+def by_set(problems):
+    """{prefix for the names of metrics: which problems}: all of them, and those of each file if --eval-data has several."""
+    found = {"": list(range(len(problems)))}
+    for i, problem in enumerate(problems):
+        if "set" in problem:
+            found.setdefault(f"{problem['set']}_", []).append(i)
+    return found
+
+
 def evaluate(policy, problems, tokenizer, args, temperature=0):
-    """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise."""
+    """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise. Of several test files
+    also what was right in each."""
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
     for i in tqdm(range(0, len(problems), args.minibatch_size), "evaluation", disable=None, leave=False):
         batch = problems[i:i + args.minibatch_size]
         measured, text = attempt(policy, batch, tokenizer, args, temperature)
         for name, values in measured.items():
             found.setdefault(name, []).extend(values)
+    right = {name: found[name] for name in ("accuracy", "strict_accuracy", "t1", "t2") if name in found}
+    for prefix, rows in by_set(problems).items():
+        found |= {prefix + name: [values[i] for i in rows] for name, values in right.items()}
     return means(found) | {"sample": f"{batch[0]['question']}\n{text}"}                  # the last entry is to be looked at
 
 
@@ -1096,7 +1119,8 @@ def run_info(args):
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
             "threads": torch.get_num_threads(), "commit": commit,
             "clean": bool(commit) and not shell("git status --porcelain").stdout,
-            "inputs": {name: fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
+            "inputs": {name: [fingerprint(file) for file in path.split(",")] if name == "eval_data"
+                       else fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
 
 
 def fingerprint(path):

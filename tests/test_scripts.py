@@ -305,7 +305,7 @@ def test_resume_with_other_inputs_is_refused(which, checkpoint, tmp_path):
     whole = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)] + [
         "--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4", "--eval-size", "4"]
     result = run("ppo_reft", tmp_path / "run", *whole, tiny=False)
-    assert result.returncode == 0 and "warning: 9 questions" in result.stdout, result.stderr           # those of both files
+    assert result.returncode == 0 and "warning: 4 questions" in result.stdout, result.stderr           # those of both files
     assert run("ppo_reft", tmp_path / "run", *whole, "--resume", tiny=False).returncode == 0
     if which == "model":
         config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -354,6 +354,50 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     result = run("ppo_reft", tmp_path / "run", "--model", checkpoint, "--train-data", data, "--eval-data", data, "--iterations", "1",
                  "--warmup-epochs", "1", "--batch-size", "8", "--minibatch-size", "8", "--max-new-tokens", "16", "--eval-size", "8", tiny=False)
     assert result.returncode == 0, result.stderr
+
+
+MATH = [{"problem": f"What is half of ${i}$?", "solution": f"It is $\\boxed{{\\frac{{{i}}}{{2}}}}$.", "answer": f"\\frac{{{i}}}{{2}}"} for i in range(30)]
+SHORT = ["--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "16", "--max-new-tokens", "4"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_several_test_files_and_latex(script, checkpoint, tmp_path):
+    """Each file of --eval-data has its own shares, and in prl.py its own avg@n and pass@k; answers may be of different kinds."""
+    shutil.copytree(checkpoint, checkpoint := tmp_path / "model")                    # with room for the second turn's long prompt
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    files = write(tmp_path / "train.jsonl", MATH), write(tmp_path / "math.jsonl", MATH[:6]), write(tmp_path / "gsm.jsonl", GSM[:3])
+    result = run(script, tmp_path / "run", "--model", checkpoint, "--train-data", files[0], "--eval-data", f"{files[1]},{files[2]}",
+                 *SHORT, tiny=False)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    after = summary["after"]
+    assert summary["problems"] == 9
+    for name in ("accuracy", "strict_accuracy") + (("avg@8", "pass@1", "pass@8") if script == "prl" else ()):
+        assert after[name] == pytest.approx((6 * after[f"math_{name}"] + 3 * after[f"gsm_{name}"]) / 9), name
+    if script == "prl":
+        assert after["right"] == after["math_right"] + " " + after["gsm_right"] and len(after["gsm_right"].split()) == 3
+    files[2].write_text(json.dumps(GSM[4]))
+    refuse(run(script, tmp_path / "run", "--model", checkpoint, "--train-data", files[0], "--eval-data", f"{files[1]},{files[2]}", *SHORT,
+               "--resume", tiny=False), "--eval-data", "has changed")
+
+
+def test_each_test_file_counts_for_itself(monkeypatch):
+    import ppo_reft as reft
+    problems = [{"prompt": [0] * n, "question": "", "set": name} for n, name in ((3, "a"), (1, "b"), (2, "a"))]
+    monkeypatch.setattr(reft, "attempt", lambda policy, batch, *_: ({"accuracy": [len(p["prompt"]) for p in batch]}, ""))
+    found = reft.evaluate(None, problems, None, reft.Args())
+    assert (found["accuracy"], found["a_accuracy"], found["b_accuracy"]) == (2, 2.5, 1)
+
+
+def test_test_files_of_one_name_are_told_apart(tmp_path):
+    import ppo_reft as reft
+    paths = [tmp_path / name / "test.jsonl" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        write(path, GSM[:2])
+    tests = reft.read_tests(reft.Args(train_data="x", eval_data=f"{paths[0]},{paths[1]}"))
+    assert [problem["set"] for problem in tests] == [str(path) for path in paths for _ in range(2)]
 
 
 @pytest.mark.parametrize("flags, words", [
