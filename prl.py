@@ -78,6 +78,7 @@ class Args:
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     resume: bool = False             # go on with the run in --out exactly where it was saved
+    evaluate_only: bool = False      # test --model as it is: numbers, no training, no weights; needs no --train-data
     # model from nothing, used without --model (small and many steps beats large and few)
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
@@ -112,12 +113,13 @@ class Args:
     samples: int = 8                 # n of avg@n and pass@k, drawn per test problem, T = 1; authors' code: 8
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
     eval_every: int = 5              # iterations between evaluations by a sample per dev problem, which choose the checkpoint
-    eval_size: int = 300             # at most so many dev, test and hard test problems
+    eval_size: int = 0               # at most so many dev problems, and of each test set; 0: all in the files, 300 built-in ones
     save_every: int = 10             # iterations between saved states
 
     def __post_init__(self):
         self.steps = "token" if self.method in ("frpo", "prm") else self.steps
         self.iterations = 0 if self.method == "base" else self.iterations
+        self.eval_size = self.eval_size or (0 if self.eval_data else 300)
         if not self.eta:
             raise InputError("--eta 0.0: must be above 0; without any KL it is --method grpo")
         if self.dual_clip <= 1:
@@ -248,6 +250,8 @@ def main(args):
     policy, tokenizer, train, dev, test = prepare(args)
     hard, shown = hard_problems(policy, tokenizer, args)
     tests = {"": test} | ({"hard_": hard} if hard else {})
+    if args.evaluate_only:
+        return evaluated(functools.partial(report, policy, tests, tokenizer, args), len(test), args)
     state = open_run(args)                                           # of a new run, or with --resume of the one in args.out
 
     policy = warm_up(policy, [sft_row(problem) for problem in train + shown], tokenizer, state, args)
@@ -392,7 +396,7 @@ def plot_pass(state, args):
 def hard_problems(policy, tokenizer, args):
     """A second test set with more operations than any question of the reinforcement learning, and demonstrations of other such
     problems for the warm-up: a small GPT has no idea of lengths that it never saw. Neither for data from files."""
-    if args.train_data:
+    if args.eval_data:
         return [], []
     low, high = args.operations_high + 1, args.operations_hard
     try:
@@ -537,25 +541,28 @@ def read_problems(path, args):
 
 
 def read_tests(args):
-    """The problems of each file of --eval-data, at most args.eval_size of one; of several files they name theirs as "set"."""
+    """The problems of each file of --eval-data, all or args.eval_size of one; of several files they name theirs as "set"."""
     paths, tests = args.eval_data.split(","), []
     names = [Path(path).stem for path in paths]
     for name, path in zip(names if len(set(names)) == len(names) else paths, paths):
         problems = read_problems(path, args)
         problems = [p for p in problems if p.get("split") == "test"] or problems
-        tests += [p | ({"set": name} if len(paths) > 1 else {}) for p in problems[:args.eval_size]]
+        tests += [p | ({"set": name} if len(paths) > 1 else {}) for p in problems[:args.eval_size or None]]
     return tests
 
 
 def load_problems(args):
     """Train, dev and test problems. Built-in ones are always the same and share no question between the splits. In files
     problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
-    if not args.train_data:
+    if not args.eval_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
         test = builtin_problems(args.eval_size, low, high, 2, args, without=dev)
         return builtin_problems(args.train_size, 1, high, 3, args, without=dev + test), dev, test
-    records, test = read_problems(args.train_data, args), read_tests(args)
+    test = read_tests(args)
+    if not args.train_data:
+        return [], [], test
+    records = read_problems(args.train_data, args)
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)
     held_out = set(questions[:min(500, len(questions) // 10)])
@@ -564,10 +571,11 @@ def load_problems(args):
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
-    shared = len({p["question"] for p in test} & {p["question"] for p in train + dev})
-    if shared:
-        say(f"warning: {shared} questions of {args.eval_data} are in {args.train_data} as well: accuracy on them is no test")
-    return train, dev[:args.eval_size], test
+    plain = lambda problem: " ".join(problem["question"].lower().split())
+    known = set(map(plain, records))
+    if shared := sum(plain(problem) in known for problem in test):
+        say(f"warning: {shared} of {len(test)} test questions are in {args.train_data} as well: accuracy on them is no test")
+    return train, dev[:args.eval_size or None], test
 
 
 def prepare(args):
@@ -579,8 +587,9 @@ def prepare(args):
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
             "responses as long will be cut off")
-    print_ids("first prompt", train[0]["prompt"], tokenizer)
-    print_ids("its demonstration", train[0]["response"], tokenizer)
+    first = (train or test)[0]
+    print_ids("first prompt", first["prompt"], tokenizer)
+    print_ids("its demonstration", first["response"], tokenizer)
     return policy, tokenizer, train, dev, test
 
 
@@ -1165,6 +1174,14 @@ def plot(args):
     picture.savefig(Path(args.out) / "curves.png", dpi=100)
 
 
+def evaluated(find, problems, args):
+    """--evaluate-only: a run folder with what find() finds of the checkpoint, in the summary of a run that trained nothing."""
+    state, found = open_run(args), find()
+    state |= {"warmup_steps": 0, "before": found, "best": {"iteration": 0, "accuracy": found["accuracy"]}}
+    tell("after", found, state, args)
+    summarise(problems, state, args)
+
+
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
@@ -1172,7 +1189,8 @@ def tell(moment, found, state, args):
              {"event": "end", "best_iteration": state["best"]["iteration"]})
     write_log(event | found, state, args)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, (int, float)))
-    say(f"{'warm-up' if moment == 'before' else 'best checkpoint'}, test: {numbers}\n  a response: {found['sample']!r}")
+    which = "warm-up" if moment == "before" else "checkpoint" if args.evaluate_only else "best checkpoint"
+    say(f"{which}, test: {numbers}\n  a response: {found['sample']!r}")
 
 
 def summarise(problems, state, args):
@@ -1206,7 +1224,7 @@ def parse_args(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    args.out = args.out or f"runs/{Path(__file__).stem}-{args.method}-s{args.seed}"
+    args.out = args.out or f"runs/{Path(__file__).stem}-{'evaluate' if args.evaluate_only else args.method}-s{args.seed}"
     check_args(args)
     return args
 
@@ -1215,7 +1233,7 @@ def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
     for f in fields(Args):
         value = getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        least = 0 if f.type is float or f.name in ("seed", "eval_size", "warmup_epochs", "iterations", "vote_k") else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     nothing = not args.model
@@ -1223,7 +1241,9 @@ def check_args(args):
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
-                 "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
+                 "--train-data and --eval-data go together":
+                     bool(args.train_data) != bool(args.eval_data) and not (args.evaluate_only and args.eval_data),
+                 "--evaluate-only needs --model, the checkpoint to be tested": args.evaluate_only and nothing,
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,

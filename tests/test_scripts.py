@@ -305,7 +305,7 @@ def test_resume_with_other_inputs_is_refused(which, checkpoint, tmp_path):
     whole = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)] + [
         "--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4", "--eval-size", "4"]
     result = run("ppo_reft", tmp_path / "run", *whole, tiny=False)
-    assert result.returncode == 0 and "warning: 4 questions" in result.stdout, result.stderr           # those of both files
+    assert result.returncode == 0 and "warning: 4 of 4 test questions" in result.stdout, result.stderr           # those of both files
     assert run("ppo_reft", tmp_path / "run", *whole, "--resume", tiny=False).returncode == 0
     if which == "model":
         config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -382,6 +382,56 @@ def test_several_test_files_and_latex(script, checkpoint, tmp_path):
                "--resume", tiny=False), "--eval-data", "has changed")
 
 
+@pytest.mark.parametrize("script, method", [case for case in CASES if case[1] in OWN])
+def test_evaluate_only(script, method, folder, tmp_path):
+    """The best checkpoint of a run: what the run found of it "after", in the same summary, and no weights."""
+    trained, out = folder / f"{script}-{method}", tmp_path / "tested"
+    whole_run(script, method, trained)
+    result = run(script, out, "--model", trained / "model", "--evaluate-only")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in out.iterdir()} == {".lock", "args.json", "log.jsonl", "summary.json"}
+    was, found = [json.loads((path / "summary.json").read_text()) for path in (trained, out)]
+    assert found.keys() == was.keys() and found["before"] == found["after"] and found["problems"] == 8
+    shared = found["after"].keys() & was["after"].keys()
+    assert {"accuracy", "strict_accuracy", "truncated"} <= shared
+    assert {name: found["after"][name] for name in shared} == {name: was["after"][name] for name in shared}
+    assert [record["event"] for record in read_log(out)] == ["end"] and "warm-up" not in result.stdout
+    refuse(run(script, out, "--model", trained / "model", "--evaluate-only"), "holds a run already")
+
+
+@pytest.mark.parametrize("script, flags, more", [("ppo_reft", ["--vote-k", "3"], {"vote_3", "sampled_accuracy"}), ("r3", [], set()),
+                                                 ("score", ["--vote-k", "2"], {"t1", "vote_4_parallel", "vote_2_corrected"}),
+                                                 ("prl", ["--samples", "3"], {"avg@3", "pass@3", "gsm_pass@3"})])
+def test_evaluate_only_needs_no_training_data_and_takes_whole_files(script, flags, more, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, checkpoint := tmp_path / "model")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    files = write(tmp_path / "gsm.jsonl", GSM), write(tmp_path / "reft.json", REFT[:5], "list")
+    command = ["--model", checkpoint, "--eval-data", f"{files[0]},{files[1]}", "--max-new-tokens", "4", "--evaluate-only", *flags]
+    result = run(script, tmp_path / "run", *command, tiny=False)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["problems"] == 35 and more <= summary["after"].keys()
+    result = run(script, tmp_path / "fewer", *command, "--eval-size", "3", tiny=False)
+    assert result.returncode == 0 and json.loads((tmp_path / "fewer" / "summary.json").read_text())["problems"] == 6, result.stderr
+
+
+def test_test_questions_known_from_training_are_counted(tmp_path, capsys):
+    """Also where only blanks and capitals differ, and among the problems that are tested."""
+    import ppo_reft as reft
+    known = [{**GSM[3], "question": GSM[3]["question"].upper() + " "}, GSM[4], GSM[5]]
+    fresh = [{**GSM[i], "question": f"New {i}?"} for i in range(5)]
+    files = write(tmp_path / "train.jsonl", GSM), write(tmp_path / "test.jsonl", known + fresh)
+    args = reft.Args(train_data=str(files[0]), eval_data=str(files[1]))
+    assert len(reft.load_problems(args)[2]) == 8
+    assert f"warning: 3 of 8 test questions are in {files[0]}" in capsys.readouterr().out
+    reft.load_problems(dataclasses.replace(args, eval_size=1))
+    assert "warning: 1 of 1 " in capsys.readouterr().out
+    write(files[1], fresh)
+    reft.load_problems(args)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_each_test_file_counts_for_itself(monkeypatch):
     import ppo_reft as reft
     problems = [{"prompt": [0] * n, "question": "", "set": name} for n, name in ((3, "a"), (1, "b"), (2, "a"))]
@@ -411,6 +461,9 @@ def test_test_files_of_one_name_are_told_apart(tmp_path):
     (["--warmup-epochs", "0"], ["--model"]),
     (["--model", "no/such/folder"], ["no/such/folder"]),
     (["--train-data", "x"], ["--eval-data"]),
+    (["--model", "x", "--eval-data", "x"], ["--train-data"]),
+    (["--evaluate-only"], ["--model"]),
+    (["--model", "x", "--eval-data", "x", "--evaluate-only", "--vote-k", "2", "--rerank"], ["--rerank", "--train-data"]),
     (["--max-new-tokens", "5000"], ["context"]),
     (["--n-embd", "10"], ["--n-embd 10 --n-head 2"]),                # heads of 5: RoPE turns pairs
     (["--n-embd", "64", "--n-head", "3"], ["--n-head 3"]),
