@@ -208,7 +208,8 @@ def rollout(policy, ref, problems, tokenizer, args):
         "process_mean": masked_mean(process.abs(), mask), "process_max": process.abs().max(),
         "kl": data["kl"].sum(1).mean(), "kl_k1": ref_log_ratio.sum(1).mean(),                            # sums over a response
         "kl_k3": ((-ref_log_ratio).exp() - 1 + ref_log_ratio).sum(1).mean(), "entropy": masked_mean(data["entropy"], mask)}
-    return data, {k: float(v) for k, v in log.items()} | {"tokens": int(mask.sum()), "sample": texts[0]}
+    return data, {k: float(v) for k, v in log.items()} | {
+        "rollouts": len(outcomes), "tokens": int(mask.sum()), "sample": texts[0]}
 
 
 def loss_fn(policy, args, micro, minibatch):
@@ -267,7 +268,6 @@ def main(args):
         keep_best(policy, dev, tokenizer, 0, state, args, temperature=1)
 
     for iteration in resumable(args.iterations, args.save_every, modules, optimizer, state, args):
-        began = time.time()
         with located(f"iteration {iteration}", args):
             batch = draw(train, args.batch_size, iteration, args.seed)
             data, log = rollout(policy, ref, batch, tokenizer, args)
@@ -276,7 +276,7 @@ def main(args):
             print_ids("first sample", response_ids(data)[0], tokenizer)
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             log |= keep_best(policy, dev, tokenizer, iteration, state, args, temperature=1)
-        finish_iteration(log, iteration, began, state, args)
+        finish_iteration(log, iteration, state, args)
 
     # the checkpoint that was best on the dev split, tested once
     if "after" not in state:
@@ -809,18 +809,81 @@ def agree(answers, problems):
         return list(threads.map(same, golds, answers))
 
 
+# ==== what it costs ===========================================================================================================
+
+PHASES = "generate", "check", "score", "update", "evaluate", "save"
+COST = dict.fromkeys((*PHASES, "flops"), 0.0) | {"since": time.perf_counter()}           # since the last line of the log
+OPEN = []                                                            # phases at hand
+# dense bf16 FLOPs a second with fp32 sums, by the makers' data sheets; a name that stands in another's comes after it
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
+         "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+@contextmanager
+def phase(name):
+    """The seconds of its body count as this phase in the log; one within another as the outer one: an evaluation generates."""
+    OPEN.append(name)
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()                                 # what is only queued counts as well
+        OPEN.pop()
+        COST[name] += 0 if OPEN else time.perf_counter() - began
+
+
+def lap(state):
+    """What was spent since the last line of the log: {phase: seconds}, and seconds without evaluating and saving. Adds all of it to
+    the state."""
+    now, phases = time.perf_counter(), {name: round(COST[name], 4) for name in PHASES}
+    seconds = now - COST["since"] - COST["evaluate"] - COST["save"]
+    state["phases"] = {name: state["phases"][name] + phases[name] for name in PHASES}
+    state["flops"] += COST["flops"]
+    if torch.cuda.is_initialized():
+        state["peak_gib"] = max(state.get("peak_gib", 0.0), torch.cuda.max_memory_allocated() / 2 ** 30)
+    COST.update(dict.fromkeys(COST, 0.0), since=now)
+    return phases, seconds
+
+
+def count_training(gpt, lengths, sampled):
+    """Counts the FLOPs of a forward and backward: 6 for each weight of the blocks and token, 6 for each of the head and sampled
+    token, 12 H D a layer for each column that a token attends to, half of them in the mean."""
+    c, blocks = gpt.config, sum(p.numel() for p in gpt.blocks.parameters())
+    attended = c.n_layer * c.n_head * c.head_dim * lengths.square().sum()
+    COST["flops"] += 6 * int(blocks * lengths.sum() + c.vocab_size * c.n_embd * sampled + attended)
+
+
+def bill(state, args):
+    """What a run cost, for its summary: rates of the training, seconds by phase of all of it; of a GPU that is known the share of
+    its peak in the updates, and the highest memory in use."""
+    seconds, update = max(state["seconds"], 1e-9), state["phases"]["update"]
+    found = {"seconds": round(state["seconds"], 3), "tokens_per_second": round(state["tokens"] / seconds, 1),
+             "rollouts_per_second": round(state["rollouts"] / seconds, 2),
+             "phases": {name: round(value, 1) for name, value in state["phases"].items()}}
+    if "peak_gib" in state:
+        found["peak_gib"] = round(state["peak_gib"], 2)
+        name = torch.cuda.get_device_name()
+        peak = next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b(?! (?:D|Laptop))", name)), None)
+        if peak and update:
+            found["mfu"] = round(state["flops"] / update / peak, 4)
+    return found
+
+
 # ==== responses and their evaluation ==========================================================================================
 
 @torch.no_grad()
 def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask (B, T-1), ended (B,),
     outcomes (B,), strict (B,)}, texts and answers. ended: stopped by itself, not cut off; strict: right, in the asked form."""
-    tokens, mask = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
+    with phase("generate"):
+        tokens, mask = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
     texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
-    answers = read_answers(texts, problems, args)
-    outcomes = reward(answers, problems, args)
+    with phase("check"):
+        answers = read_answers(texts, problems, args)
+        outcomes = reward(answers, problems, args)
     strict = (outcomes == 1) & torch.tensor([in_form(text, problem) for text, problem in zip(texts, problems)])
     return data | {"outcomes": outcomes.to(tokens.device), "strict": strict.to(tokens.device)}, texts, answers
 
@@ -851,6 +914,7 @@ def by_set(problems):
     return found
 
 
+@phase("evaluate")
 def evaluate(policy, problems, tokenizer, args, temperature=0):
     """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise. Of several test files
     also what was right in each."""
@@ -870,7 +934,8 @@ def keep_best(policy, dev, tokenizer, iteration, state, args, temperature=0, by=
     """Evaluates the policy on the dev split; the checkpoint that is best there so far is kept in the folder model/."""
     found = evaluate(policy, dev, tokenizer, args, temperature)
     if iteration == 0 or found[by] > state["best"][by]:
-        save_checkpoint(Path(args.out) / "model", policy, tokenizer)
+        with phase("save"):
+            save_checkpoint(Path(args.out) / "model", policy, tokenizer)
         state["best"] = {"iteration": iteration, "accuracy": found["accuracy"], by: found[by]}
     return {f"dev_{name}": value for name, value in found.items()}
 
@@ -885,10 +950,15 @@ def pack(rows, policy):
     return {"tokens": tokens, "response_mask": mask}
 
 
+def row_lengths(batch):
+    """(B,) tokens of each row before its padding."""
+    columns = torch.arange(2, batch["tokens"].shape[1] + 1, device=batch["tokens"].device)
+    return (batch["response_mask"] * columns).amax(1)
+
+
 def micro_batches(batch, size):
     """(rows, micro-batch) pairs: `size` rows of like length, cut to the longest of them, so that little padding is computed."""
-    columns = torch.arange(2, batch["tokens"].shape[1] + 1, device=batch["tokens"].device)
-    lengths = (batch["response_mask"] * columns).amax(1).cpu()       # (B,) tokens before the padding
+    lengths = row_lengths(batch).cpu()
     for rows in lengths.argsort(stable=True).split(size):
         width = int(lengths[rows].max())
         yield rows, {k: v[rows] if v.dim() == 1 else v[rows, :width if k == "tokens" else width - 1]
@@ -897,7 +967,10 @@ def micro_batches(batch, size):
 
 def sampled(gpt, micro):
     """Hidden states (N, C) in which the N tokens of response_mask were chosen, and those tokens (N,)."""
-    return gpt(micro["tokens"])[:, :-1][micro["response_mask"]], micro["tokens"][:, 1:][micro["response_mask"]]
+    hidden, targets = gpt(micro["tokens"])[:, :-1][micro["response_mask"]], micro["tokens"][:, 1:][micro["response_mask"]]
+    if torch.is_grad_enabled():
+        count_training(gpt, row_lengths(micro), len(targets))
+    return hidden, targets
 
 
 def place(x, response_mask):
@@ -915,6 +988,7 @@ def autocast(tokens):
     return torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
 
 
+@phase("score")
 @torch.no_grad()
 def token_stats(policy, ref, data, args, critic=None):
     """Of each sampled token (B, T-1): old_logprobs, ref_logprobs, entropy, kl over the vocabulary, and the critic's old_values."""
@@ -936,6 +1010,7 @@ def adamw(modules, lr):
     return torch.optim.AdamW(torch.nn.ModuleList(modules).parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
+@phase("update")
 def optimiser_step(loss_of, minibatch, optimizer, args):
     """One step on the rows of a minibatch; loss_of(micro, minibatch) gives a micro-batch's share of the loss and of the logged
     means. Returns those and grad_norm as floats; a FloatingPointError names what is not finite, before any weight changes."""
@@ -1027,7 +1102,8 @@ def fingerprint(path):
 def open_run(args):
     """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
     a run. From here on a signal saves before it ends the run."""
-    out, state = Path(args.out), {"step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0, "flat": 0}
+    out, state = Path(args.out), {"step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0, "rollouts": 0, "flat": 0, "flops": 0.0,
+                                  "phases": dict.fromkeys(PHASES, 0.0)}
     if args.resume and not (out / "args.json").exists():
         raise InputError(f"{out}: no run to resume")
     try:
@@ -1069,6 +1145,7 @@ def open_run(args):
     return state
 
 
+@phase("save")
 def save_run(modules, optimizer, state, args):
     """state.pt: all that resuming needs, the state with the weights of each module and of the optimiser."""
     weights = {name: part.state_dict() for name, part in (modules | {"optimizer": optimizer}).items()}
@@ -1079,6 +1156,7 @@ def resumable(total, every, modules, optimizer, state, args):
     """Steps 1 .. total, or those that a resumed run has left. Saves every so many (0: each minute), after the last, and when a
     signal came, which ends the run. A step's number seeds it, so that no random state needs to be kept."""
     if "weights" in state:
+        COST["since"] = time.perf_counter()                          # to load it was no training
         weights = state.pop("weights")
         for name, part in (modules | {"optimizer": optimizer}).items():
             part.load_state_dict(weights[name])
@@ -1128,16 +1206,19 @@ def show(record, state, args):
             value = record[key]
             text = f"{name} " + ("/".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.3g}")
             parts.append(f"\033[31m{text}\033[0m" if key == "truncated" and value > 0.2 and red else text)
-    left = state["seconds"] / record["iteration"] * (args.iterations - record["iteration"])
+    spent = state["seconds"] + state["phases"]["evaluate"] + state["phases"]["save"]
+    left = spent / record["iteration"] * (args.iterations - record["iteration"])
     say("  ".join(parts) + f"  {record['tokens_per_second']:.0f} tok/s  ETA {left // 60:.0f}:{left % 60:02.0f}")
 
 
-def finish_iteration(log, iteration, began, state, args):
+def finish_iteration(log, iteration, state, args):
     """Logs an iteration, shows it as one line, draws the curves, and warns of ten in a row without any signal."""
-    seconds, tokens = time.time() - began, log.get("tokens", 0)
-    state["seconds"], state["tokens"] = state["seconds"] + seconds, state["tokens"] + tokens
+    phases, seconds = lap(state)
+    for name, value in (("seconds", seconds), ("tokens", log.get("tokens", 0)), ("rollouts", log.get("rollouts", 0))):
+        state[name] += value
     state["flat"] = state["flat"] + 1 if log.get("no_signal") == 1 else 0
-    record = {"event": "iteration", "iteration": iteration} | log | {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    record = {"event": "iteration", "iteration": iteration} | log | {
+        "seconds": seconds, "phases": phases, "tokens_per_second": log.get("tokens", 0) / seconds}
     write_log(record, state, args)
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
@@ -1159,6 +1240,7 @@ def figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
+@phase("save")
 def plot(args):
     """curves.png: the numbers of log.jsonl over the iterations."""
     log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
@@ -1185,9 +1267,11 @@ def evaluated(find, problems, args):
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
+    for name in "generate", "check":                                 # samples of the test problems
+        COST["evaluate"], COST[name] = COST["evaluate"] + COST[name], 0.0
     event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
              {"event": "end", "best_iteration": state["best"]["iteration"]})
-    write_log(event | found, state, args)
+    write_log(event | found | {"phases": lap(state)[0]}, state, args)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, (int, float)))
     which = "warm-up" if moment == "before" else "checkpoint" if args.evaluate_only else "best checkpoint"
     say(f"{which}, test: {numbers}\n  a response: {found['sample']!r}")
@@ -1196,11 +1280,14 @@ def tell(moment, found, state, args):
 def summarise(problems, state, args):
     """The last line on the screen, and summary.json with what a results table needs."""
     summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
-    summary |= {name: state[name] for name in ("before", "after", "best")} | {"seconds": round(state["seconds"], 3)}
-    summary["tokens_per_second"] = round(state["tokens"] / max(state["seconds"], 1e-9), 1)
+    summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state, args))
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
     say(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f} on {problems} test "
         f"problems (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {args.out}")
+    rates = {"rollouts_per_second": "{} rollouts/s", "tokens_per_second": "{} tokens/s", "mfu": "MFU of the updates {:.1%}",
+             "peak_gib": "peak {} GiB"}
+    say("seconds: " + ", ".join(f"{name} {value}" for name, value in cost["phases"].items()) + "; "
+        + ", ".join(text.format(cost[name]) for name, text in rates.items() if name in cost))
 
 
 # ==== command line ============================================================================================================

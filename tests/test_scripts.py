@@ -43,9 +43,9 @@ def run(script, out, *flags, tiny=True, pictures=False):
 
 
 def read_log(out):
-    """log.jsonl without the two fields that a clock wrote."""
+    """log.jsonl without the fields that a clock wrote."""
     records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "phases", "tokens_per_second")} for r in records]
 
 
 def weights(out):
@@ -548,11 +548,78 @@ def test_bad_data_is_refused_with_its_line(text, words, checkpoint, tmp_path):
 
 def test_warning_after_ten_iterations_without_signal(tmp_path, capsys):
     import ppo_reft as reft
-    args, state = reft.Args(out=str(tmp_path), iterations=40), {"seconds": 0.0, "tokens": 0, "log_lines": 0, "flat": 0}
+    args, state = reft.Args(out=str(tmp_path), iterations=40), {"seconds": 0.0, "tokens": 0, "log_lines": 0, "flat": 0, "rollouts": 0, "flops": 0.0, "phases": dict.fromkeys(reft.PHASES, 0.0)}
     for iteration in range(1, 11):
         assert "nothing to learn from" not in capsys.readouterr().out
-        reft.finish_iteration({"no_signal": 1.0, "tokens": 5}, iteration, time.time() - 1, state, args)
+        reft.finish_iteration({"no_signal": 1.0, "tokens": 5}, iteration, state, args)
     assert "nothing to learn from" in capsys.readouterr().out
+
+
+NOTHING = {"log_lines": 0, "seconds": 0.0, "tokens": 0, "rollouts": 0, "flat": 0, "flops": 0.0}
+
+
+def test_seconds_by_phase(tmp_path, capsys):
+    """A phase within another counts as the outer one, whatever ends it; evaluating and saving are no training time."""
+    import ppo_reft as reft
+    state = NOTHING | {"phases": dict.fromkeys(reft.PHASES, 0.0)}
+    reft.lap(state)
+    with reft.phase("evaluate"):
+        for name in "generate", "check":
+            with pytest.raises(KeyError), reft.phase(name):
+                time.sleep(0.05)
+                raise KeyError
+    with reft.phase("update"):
+        time.sleep(0.02)
+    time.sleep(0.01)
+    reft.finish_iteration({"tokens": 6, "rollouts": 2}, 1, state, reft.Args(out=str(tmp_path)))
+    record = json.loads((tmp_path / "log.jsonl").read_text())
+    assert list(record["phases"]) == ["generate", "check", "score", "update", "evaluate", "save"]
+    assert record["phases"]["generate"] == record["phases"]["check"] == record["phases"]["score"] == record["phases"]["save"] == 0
+    assert 0.1 <= record["phases"]["evaluate"] < 0.2 and 0.02 <= record["phases"]["update"] < record["seconds"] - 0.009 < 0.1
+    assert record["tokens_per_second"] == pytest.approx(6 / record["seconds"], rel=1e-4)
+    bill = reft.bill(state, reft.Args())
+    assert bill["rollouts_per_second"] == pytest.approx(2 / record["seconds"], rel=0.01) and "mfu" not in bill
+
+
+@pytest.mark.parametrize("script, method", [case for case in CASES if case[1] in OWN])
+def test_every_line_says_what_it_cost(script, method, folder):
+    out = folder / f"{script}-{method}"
+    printed, _ = whole_run(script, method, out)
+    warmup, *iterations, end = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert warmup["phases"]["update"] > 0 and warmup["phases"]["evaluate"] > 0 == warmup["phases"]["generate"]
+    assert end["phases"]["evaluate"] > 0 == end["phases"]["generate"]
+    for record in iterations:
+        training = sum(record["phases"][name] for name in ("generate", "check", "score", "update"))
+        assert 0 < training <= record["seconds"] + 1e-3 and record["phases"]["generate"] > 0 < record["phases"]["update"]
+        assert (record["phases"]["evaluate"] > 0) == (record["iteration"] in (1, 3)) and record["phases"]["save"] > 0     # 1: of 0, the start
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rollouts_per_second"] > 0 < summary["tokens_per_second"] and summary["seconds"] == pytest.approx(
+        sum(record["seconds"] for record in iterations), abs=0.01)
+    for name, value in summary["phases"].items():
+        assert value == pytest.approx(sum(r["phases"][name] for r in (warmup, *iterations, end)), abs=0.06), name
+    assert f"seconds: generate {summary['phases']['generate']}" in printed and f"{summary['rollouts_per_second']} rollouts/s" in printed
+
+
+def test_flops_of_an_update_and_the_share_of_the_peak(checkpoint, monkeypatch):
+    """Two rows of 5 and 3 tokens, of which 3 and 1 are trained, through one block of width 16 and a vocabulary of V."""
+    import ppo_reft as reft
+    gpt = reft.load_checkpoint(checkpoint)[0]
+    blocks, vocabulary = sum(p.numel() for name, p in gpt.named_parameters() if "blocks" in name), gpt.config.vocab_size
+    batch = reft.pack([([1] * 5, [False] * 2 + [True] * 3), ([1] * 3, [False] * 2 + [True])], gpt)
+    state = NOTHING | {"phases": dict.fromkeys(reft.PHASES, 0.0)}
+    reft.lap(state)
+    reft.optimiser_step(functools.partial(reft.sft_loss, gpt), batch, reft.adamw([gpt], 1e-3), reft.Args(micro_batch_size=1))
+    with torch.no_grad():
+        reft.sampled(gpt, batch)                                     # no training
+    reft.lap(state)
+    assert state["flops"] - NOTHING["flops"] == 6 * (8 * blocks + 4 * 16 * vocabulary + 16 * (5 ** 2 + 3 ** 2))
+    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
+                       "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+                       "NVIDIA L40": None, "NVIDIA A10G": None, "NVIDIA GH200 480GB": None, "NVIDIA L4": 121e12}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        busy = state | {"peak_gib": 1.2345, "flops": 989e12, "phases": state["phases"] | {"update": 2.0}}
+        bill = reft.bill(busy, reft.Args())
+        assert bill["peak_gib"] == 1.23 and bill.get("mfu") == (peak and round(989e12 / 2 / peak, 4))
 
 
 def test_demonstrations_longer_than_responses_are_counted_at_the_start(capsys):
@@ -569,15 +636,16 @@ def test_truncated_share_is_red_above_a_fifth(capsys, monkeypatch):
     import ppo_reft as reft
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False), monkeypatch.setenv("TERM", "xterm")
+    state = {"seconds": 1.0, "phases": {"evaluate": 1.0, "save": 1.0}}
     record = {"iteration": 1, "truncated": 0.21, "tokens_per_second": 1.0}
-    reft.show(record, {"seconds": 1.0}, reft.Args())
-    reft.show(record | {"truncated": 0.19}, {"seconds": 1.0}, reft.Args())
+    reft.show(record, state, reft.Args())
+    reft.show(record | {"truncated": 0.19}, state, reft.Args())
     first, second = capsys.readouterr().out.splitlines()
     assert "\033[31mcut 0.21" in first and "\033[31m" not in second
     for name, value in ("NO_COLOR", "1"), ("TERM", "dumb"):
         with monkeypatch.context() as plain:
             plain.setenv(name, value)
-            reft.show(record, {"seconds": 1.0}, reft.Args())
+            reft.show(record, state, reft.Args())
             assert "cut 0.21" in (out := capsys.readouterr().out) and "\033[" not in out
 
 
