@@ -396,7 +396,7 @@ def plot_pass(state, args):
 def hard_problems(policy, tokenizer, args):
     """A second test set with more operations than any question of the reinforcement learning, and demonstrations of other such
     problems for the warm-up: a small GPT has no idea of lengths that it never saw. Neither for data from files."""
-    if args.eval_data:
+    if args.train_data or args.eval_data:
         return [], []
     low, high = args.operations_high + 1, args.operations_hard
     try:
@@ -572,7 +572,7 @@ def load_problems(args):
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     plain = lambda problem: " ".join(problem["question"].lower().split())
-    known = set(map(plain, records))
+    known = set(map(plain, train + dev))
     if shared := sum(plain(problem) in known for problem in test):
         say(f"warning: {shared} of {len(test)} test questions are in {args.train_data} as well: accuracy on them is no test")
     return train, dev[:args.eval_size or None], test

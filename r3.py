@@ -689,7 +689,7 @@ def load_problems(args):
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     plain = lambda problem: " ".join(problem["question"].lower().split())
-    known = set(map(plain, records))
+    known = set(map(plain, train + dev))
     if shared := sum(plain(problem) in known for problem in test):
         say(f"warning: {shared} of {len(test)} test questions are in {args.train_data} as well: accuracy on them is no test")
     return train, dev[:args.eval_size or None], test

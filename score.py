@@ -133,7 +133,8 @@ class Args:
                      for name in ("stage1", "offline_fraction", "slips")} | {
             f"--group-size {self.group_size}: must be at least 2, episodes of a question are compared": self.group_size < 2,
             f"--minibatch-size {self.minibatch_size}: must hold all {rows} rows of a rollout": self.minibatch_size < rows,
-            "--task code, --cot program: each needs data files, and goes without the other": programs > bool(self.eval_data),
+            "--task code, --cot program: each needs --train-data or --eval-data, and goes without the other":
+                programs > bool(self.train_data or self.eval_data),
             "--turn2-weight would weigh the KL too in --kl-mode reward": self.turn2_weight != 1 and self.kl_mode == "reward",
             "--method single-turn trains its own first attempts on r1 alone: no --offline-fraction, no --gamma":
                 self.method == "single-turn" and (self.offline_fraction or self.gamma)}
@@ -569,7 +570,7 @@ CODE_PROMPT = "Question:\n{question}\nPython program:\n"
 def turns(args):
     """The texts of TURNS that fit the data."""
     return TURNS["code" if args.task == "code" else "program" if args.cot == "program" else
-                 "math" if args.eval_data else "built-in"]
+                 "math" if args.train_data or args.eval_data else "built-in"]
 
 
 def warmup_rows(problems, tokenizer, args):
@@ -972,7 +973,7 @@ def load_problems(args):
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     plain = lambda problem: " ".join(problem["question"].lower().split())
-    known = set(map(plain, records))
+    known = set(map(plain, train + dev))
     if shared := sum(plain(problem) in known for problem in test):
         say(f"warning: {shared} of {len(test)} test questions are in {args.train_data} as well: accuracy on them is no test")
     return train, dev[:args.eval_size or None], test

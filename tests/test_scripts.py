@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -542,6 +543,17 @@ def test_bad_data_is_refused_with_its_line(text, words, checkpoint, tmp_path):
     refuse(result, *words)
     assert not (tmp_path / "run").exists()
     refuse(run("ppo_reft", tmp_path / "run", "--model", checkpoint, "--train-data", tmp_path / "none", "--eval-data", good), "none: cannot be read")
+
+
+def test_the_commands_of_readme_are_accepted():
+    """Every flag of the recipes exists and fits to the others."""
+    part = (ROOT / "README.md").read_text().partition("## Real models and data")[2].partition("\n## ")[0]
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    python (.*)$", part.replace("\\\n", " "), re.M)]
+    assert len(commands) == 9
+    for script, *flags in commands:
+        args = importlib.import_module(script[:-3]).parse_args(flags)
+        assert args.model == "FOLDER" and args.eval_size == 0
+    assert {command[0] for command in commands} == {f"{script}.py" for script in SCRIPTS}
 
 
 # ---- promises about the log --------------------------------------------------------------------------------------------------
