@@ -686,7 +686,7 @@ def is_latex(answer):
 
 def as_latex(text):
     r"""A text as an answer in LaTeX, without the dollars and the full stop of its sentence; None if nothing is left."""
-    text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text.strip(" \n$.")).strip()
+    text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text.lstrip(" \n$").rstrip(" \n$.")).strip()
     return f"\\boxed{{{text}}}" if text else None
 
 

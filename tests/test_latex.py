@@ -87,7 +87,7 @@ def test_numbers_are_read_from_boxes_too(name, text, number, form):
 
 @pytest.mark.parametrize("text, answer, form", [
     (r"so $x = \boxed{\frac12}$.", r"\frac12", True), (rf"so{A}\boxed{{\frac12}}", r"\frac12", True), (rf"so{A}$\frac12$.", r"\frac12", False),
-    (rf"so{A}\(\frac12\)", r"\frac12", False), (rf"so{A}\frac12", r"\frac12", False), (r"so \frac12", None, False), (f"so{A}", None, False)])
+    (rf"so{A}\(\frac12\)", r"\frac12", False), (rf"so{A}\frac12", r"\frac12", False), (f"so{A}$.5$.", ".5", False), (r"so \frac12", None, False), (f"so{A}", None, False)])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_latex_is_read_from_boxes_and_behind_the_trigger(name, text, answer, form):
     script, problem = SCRIPTS[name], {"gold": boxed("0.5"), "header": ""}
