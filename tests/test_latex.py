@@ -135,3 +135,9 @@ def test_math_verify_is_needed_for_latex_alone(monkeypatch):
     with pytest.raises(reft.InputError, match="pip install math-verify"):
         reft.parse_record(RECORDS[0][0], reft.Args())
     reft.parse_record({"question": "a", "answer": "b\n#### 1"}, reft.Args())
+
+
+def test_a_long_text_is_no_answer_and_starts_nothing(monkeypatch):
+    monkeypatch.setattr(reft, "COMPARING", [])
+    monkeypatch.setattr(reft.subprocess, "Popen", None)
+    assert not reft.same_latex(boxed("5"), boxed("5" + " " * 1000))
