@@ -37,6 +37,7 @@ import copy
 import datetime
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -72,14 +73,15 @@ class Args:
     # run
     method: Literal["r3", "staged", "rl", "sft"] = "r3"    # all starts mixed; baselines: in turn, the question alone, supervised
     model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
-    train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; empty: the built-in problems
-    eval_data: str = ""              # test set in the same form; needed with --train-data
+    train_data: str = ""             # GSM8K's or MATH's JSON lines, or ReFT's JSON list; empty: the built-in problems
+    eval_data: str = ""              # test set in the same form, or several: a.jsonl,b.jsonl; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), run in a sandbox
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     resume: bool = False             # go on with the run in --out exactly where it was saved
+    evaluate_only: bool = False      # test --model as it is: numbers, no training, no weights; needs no --train-data
     # model from nothing, used without --model (small and many steps beats large and few)
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
@@ -119,10 +121,11 @@ class Args:
     strict: bool = False             # read answers as the authors do: a bare float() of all that follows "####"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
     eval_every: int = 5              # iterations between greedy evaluations on the dev split, which choose the checkpoint
-    eval_size: int = 500             # at most so many dev and so many test problems
+    eval_size: int = 0               # at most so many dev problems, and of each test set; 0: all in the files, 500 built-in ones
     save_every: int = 10             # iterations between saved states
 
     def __post_init__(self):
+        self.eval_size = self.eval_size or (0 if self.eval_data else 1000)
         weights = self.stage_weights.split(",")
         if self.stage_weights and not (len(weights) == self.stages and re.search("[1-9]", self.stage_weights)
                                        and all(re.fullmatch(r"\d{1,3}", weight) for weight in weights)):
@@ -193,11 +196,8 @@ def draw_starts(starts, iteration, args):
 
 def reward(answers, problems, args):
     """Outcome of each response (B,): 1 for the right answer, args.partial_reward for another number, 0 for no answer."""
-    def outcome(answer, gold):
-        if answer is None:
-            return 0.0
-        return 1.0 if abs(answer - gold) <= 1e-2 else args.partial_reward                                            # F2
-    return torch.tensor([outcome(answer, problem["gold"]) for answer, problem in zip(answers, problems)])
+    partial = lambda answer: args.partial_reward if isinstance(answer, float) else 0.0
+    return torch.tensor([1.0 if right else partial(answer) for right, answer in zip(agree(answers, problems), answers)])  # F2
 
 
 def token_rewards(outcomes, kl_k1, kl, response_mask, args):
@@ -249,7 +249,8 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     log = means(measures(data, answers)) | gap | {
         "outcome": outcomes.mean(), "no_signal": outcomes.min() == outcomes.max(), "explained_variance": explained,
         "kl": data["kl"].sum(1).mean(), "kl_k1": kl_k1.sum(1).mean(), "entropy": masked_mean(data["entropy"], mask)}
-    return data, {k: float(v) for k, v in log.items()} | {"tokens": int(mask.sum()), "sample": problems[0]["header"] + texts[0]}
+    return data, {k: float(v) for k, v in log.items()} | {
+        "rollouts": len(outcomes), "tokens": int(mask.sum()), "sample": problems[0]["header"] + texts[0]}
 
 
 def loss_fn(policy, critic, ref, args, micro, minibatch):
@@ -293,6 +294,8 @@ def update(loss_of, data, optimizer, args):
 
 def main(args):
     policy, tokenizer, train, dev, test = prepare(args)
+    if args.evaluate_only:
+        return evaluated(functools.partial(evaluate, policy, test, tokenizer, args), len(test), args)
     starts = all_starts(train, policy, tokenizer, args)
     print_ids("a last start", starts[0][-1]["prompt"], tokenizer)
     state = open_run(args)                                           # of a new run, or with --resume of the one in args.out
@@ -311,7 +314,6 @@ def main(args):
         keep_best(policy, dev, tokenizer, 0, state, args)
 
     for iteration in resumable(args.iterations, args.save_every, modules, optimizer, state, args):
-        began = time.time()
         with located(f"iteration {iteration}", args):
             if args.method == "sft":
                 log = sft_update(policy, rows, optimizer, iteration, steps, args)
@@ -324,7 +326,7 @@ def main(args):
             print_ids("first sample", response_ids(data)[0], tokenizer)
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             log |= keep_best(policy, dev, tokenizer, iteration, state, args)
-        finish_iteration(log, iteration, began, state, args)
+        finish_iteration(log, iteration, state, args)
         if "dev_accuracy" in log:
             plot_stages(args)
 
@@ -515,6 +517,8 @@ def builtin_tokenizer(args):
 
 def parse_record(raw, args):
     """A record of a data file as {"question", "cot", "answer": text, "gold": float}."""
+    if isinstance(raw, dict) and isinstance(raw.get("problem"), str) and args.cot == "text":
+        return parse_math(raw)
     if not isinstance(raw, dict) or not isinstance(raw.get("question"), str):
         raise InputError("a record needs a text `question`")
     if isinstance(raw.get("answer_value"), (str, int, float)) and isinstance(raw.get("answer_cot") or "", str):
@@ -549,15 +553,15 @@ def encode_problem(problem, tokenizer, args):
 
 
 def read_answers(texts, problems, args):
-    """The answer of each response, a float, None if there is none. A response in words announces it after the last TRIGGER; a
-    program is run, together with what was given of it."""
+    """The answer of each response, a float or LaTeX, None if there is none. A response in words announces it; a program is run,
+    together with what was given of it."""
     if args.cot == "program":
         found = run_programs([problem["header"] + text for problem, text in zip(problems, texts)])
     else:
-        found = [text.rpartition(TRIGGER)[2].strip() if TRIGGER in text else None for text in texts]
-        found = [text if args.strict else text and text.split("\n")[0] for text in found]   # strict: all that follows
+        found = [announced(text, problem, args.strict) for text, problem in zip(texts, problems)]
     read = read_float if args.strict else read_number
-    return [read(answer) if isinstance(answer, str) else answer for answer in found]
+    return [read(answer) if isinstance(answer, str) and not is_latex(problem["gold"]) else answer
+            for answer, problem in zip(found, problems)]
 
 
 def judged(problems, where, args):
@@ -571,12 +575,6 @@ def judged(problems, where, args):
         names = [problem["question"][:40] for problem, fail in zip(problems, fails) if fail]
         say(f"warning: {where}: {len(names)} problems are left out, whose own program does not give the answer here: {names}")
     return [problem for problem, fail in zip(problems, fails) if not fail]
-
-
-def read_float(text):
-    """What float() makes of all of text, as in the authors' code: nan and inf are numbers, "18 apples" is None."""
-    with suppress(ValueError):
-        return float(text)
 
 
 def attempt(policy, problems, tokenizer, args, temperature):
@@ -707,28 +705,42 @@ def read_problems(path, args):
     return judged(problems, path, args)
 
 
+def read_tests(args):
+    """The problems of each file of --eval-data, all or args.eval_size of one; of several files they name theirs as "set"."""
+    paths, tests = args.eval_data.split(","), []
+    names = [Path(path).stem for path in paths]
+    for name, path in zip(names if len(set(names)) == len(names) else paths, paths):
+        problems = read_problems(path, args)
+        problems = [p for p in problems if p.get("split") == "test"] or problems
+        tests += [p | ({"set": name} if len(paths) > 1 else {}) for p in problems[:args.eval_size or None]]
+    return tests
+
+
 def load_problems(args):
     """Train, dev and test problems. Of built-in ones each seed has its own test; no question is in two splits. In files
     problems may name their splits; else 10 % of the training questions, at most 500, become dev, with all their records."""
-    if not args.train_data:
+    if not args.eval_data:
         low, high = args.operations_low, args.operations_high
         dev = builtin_problems(args.eval_size, low, high, 1, args)
         test = builtin_problems(args.eval_size, low, high, f"test {args.seed}", args, without=dev)
         return builtin_problems(args.train_size, 1, args.operations_train, 3, args, without=dev + test), dev, test
-    records, test = read_problems(args.train_data, args), read_problems(args.eval_data, args)
+    test = read_tests(args)
+    if not args.train_data:
+        return [], [], test
+    records = read_problems(args.train_data, args)
     questions = sorted({p["question"] for p in records})
     random.Random(0).shuffle(questions)
     held_out = set(questions[:min(500, len(questions) // 10)])
     named = {"train", "dev"} <= {p.get("split") for p in records}
     split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
-    test = [p for p in test if p.get("split") == "test"] or test
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
-    shared = len({p["question"] for p in test} & {p["question"] for p in train + dev})
-    if shared:
-        say(f"warning: {shared} questions of {args.eval_data} are in {args.train_data} as well: accuracy on them is no test")
-    return train, dev[:args.eval_size], test[:args.eval_size]
+    plain = lambda problem: " ".join(problem["question"].lower().split())
+    known = set(map(plain, train + dev))
+    if shared := sum(plain(problem) in known for problem in test):
+        say(f"warning: {shared} of {len(test)} test questions are in {args.train_data} as well: accuracy on them is no test")
+    return train, dev[:args.eval_size or None], test
 
 
 def prepare(args):
@@ -740,8 +752,9 @@ def prepare(args):
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
             "responses as long will be cut off")
-    print_ids("first prompt", train[0]["prompt"], tokenizer)
-    print_ids("its demonstration", train[0]["response"], tokenizer)
+    first = (train or test)[0]
+    print_ids("first prompt", first["prompt"], tokenizer)
+    print_ids("its demonstration", first["response"], tokenizer)
     return policy, tokenizer, train, dev, test
 
 
@@ -800,6 +813,12 @@ SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in [
 ]]
 
 
+def read_float(text):
+    """What float() makes of all of text, as in the authors' code: nan and inf are numbers, "18 apples" is None."""
+    with suppress(ValueError):
+        return float(text)
+
+
 def read_number(text):
     """The number after the last "=" of a line; None unless there is just one and it has one reading. Units, currency and % are
     ignored; a comma before exactly three digits groups them, another is a decimal comma; points group in 1.234,5 and 1.234.567."""
@@ -824,19 +843,220 @@ def read_number(text):
         return (-value if "-" in sign else value) if math.isfinite(value) else None
 
 
+# ==== LaTeX answers ===========================================================================================================
+
+def is_latex(answer):
+    r"""Answers in LaTeX are texts "\boxed{...}", wherever they come from."""
+    return isinstance(answer, str) and answer.startswith("\\boxed{")
+
+
+def as_latex(text):
+    r"""A text as an answer in LaTeX, without the dollars and the full stop of its sentence; None if nothing is left."""
+    text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text.lstrip(" \n$").rstrip(" \n$.")).strip()
+    return f"\\boxed{{{text}}}" if text else None
+
+
+def last_box(text):
+    r"""What the last \boxed{...} of a text holds, braces matched by counting; None if there is none, or if it does not end."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for found in re.finditer(r"\\.|[{}]", rest if box else "", re.S):        # \{ is no brace
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if not depth:
+            return rest[:found.start()]
+
+
+def parse_math(raw):
+    r"""A record of MATH's form: `problem`, `answer`, and `solution` if it is to be trained on. Where there is no answer, or where
+    it is a solution itself (Minerva), the last box holds it."""
+    solution, answer = raw.get("solution") or "", raw.get("answer")
+    answer = solution if answer is None else f"{answer:.0f}" if isinstance(answer, float) and answer.is_integer() else answer
+    if not isinstance(solution, str) or not isinstance(answer, (str, int, float)):
+        raise InputError("`solution` and `answer` must be texts")
+    box = last_box(str(answer))
+    gold = None if box is None and answer is solution else as_latex(str(answer) if box is None else box)
+    if gold is None:
+        raise InputError("MATH's form needs an `answer`, or a `solution` with a \\boxed{...}")
+    if not importlib.util.find_spec("math_verify"):
+        raise InputError("LaTeX answers need math-verify (pip install math-verify)")
+    cot = solution if solution or box is None else answer
+    return {"question": raw["problem"].strip(), "cot": cot.strip(), "answer": gold, "gold": gold}
+
+
+# what a process does that compares them: hostile text, over which sympy may take for ever or all the memory there is
+COMPARE = """
+import faulthandler, json, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+except (ImportError, OSError, ValueError):
+    pass
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy.core.random import seed
+boxes = [LatexExtractionConfig(boxed_match_priority=0)]
+for line in sys.stdin:
+    faulthandler.dump_traceback_later(5, exit=True)
+    try:
+        seed(0)
+        gold, answer = [parse(text, boxes, extraction_mode="first_match", parsing_timeout=None) for text in json.loads(line)]
+        equal = verify(gold, answer, timeout_seconds=None)
+    except Exception:
+        equal = False
+    faulthandler.cancel_dump_traceback_later()
+    print(int(equal), flush=True)
+"""
+COMPARING = []                                                       # such processes, without work at the moment
+
+
+@functools.lru_cache(100_000)
+def same_latex(gold, answer):
+    """Whether math-verify finds two LaTeX answers equal, in a process of its own. One that is at it for five seconds ends itself,
+    which works where no signal would reach it: then they are not equal."""
+    if len(answer) > 1000:
+        return False
+    worker = None
+    with suppress(IndexError):
+        worker = COMPARING.pop()
+    if worker is None or worker.poll() is not None:                  # in a session of its own: Ctrl-C is not meant for it
+        worker = subprocess.Popen([sys.executable, "-c", COMPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+                                  env=os.environ | {"PYTHONHASHSEED": "0"})
+    with suppress(OSError):                                          # it died on the way
+        print(json.dumps([gold, answer]), file=worker.stdin, flush=True)
+        if verdict := worker.stdout.readline():
+            COMPARING.append(worker)
+            return verdict == "1\n"
+    worker.kill()
+    worker.communicate()
+    return False
+
+
+# ==== what a response announces, and whether it is right ======================================================================
+
+def announced(text, problem, strict=False):
+    """The text that a response in words announces as its answer, None if there is none: what its last box holds or, if that
+    comes later, what follows the last TRIGGER on its line. strict: nothing but the form that was asked for, all that follows the
+    TRIGGER; for an answer in LaTeX the box. A problem that asks for the answer first has it behind the first TRIGGER."""
+    gold = problem["gold"]
+    if problem.get("answer_first"):
+        text = "".join(text.partition(TRIGGER)[:2]) + text.partition(TRIGGER)[2].split("\n")[0]
+    _, trigger, rest = text.rpartition(TRIGGER)
+    box, rest = last_box(rest), rest.strip() if trigger else None
+    found = box if box is not None else rest and rest.split("\n")[0]
+    if is_latex(gold):
+        found = box if strict else found
+        return as_latex(found) if found else None
+    return rest if strict else found
+
+
+def in_form(text, problem):
+    """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
+    nothing else, behind the TRIGGER. A program has one form."""
+    if problem.get("header") or "gold" not in problem:
+        return True
+    gold, found = problem["gold"], announced(text, problem, strict=True)
+    if found is None or is_latex(gold):
+        return found is not None
+    return len(found) == 1 if isinstance(gold, str) else read_float(found) is not None
+
+
+def same(gold, answer):
+    """Whether an answer is the right one: numbers within 1e-2, LaTeX by math-verify, letters. None never is."""
+    if answer is None:
+        return False
+    if is_latex(gold):
+        return answer == gold or same_latex(gold, answer)
+    return answer == gold or not isinstance(gold, str) and abs(answer - gold) <= 1e-2
+
+
+def agree(answers, problems):
+    """Which answers are the right ones."""
+    golds = [problem["gold"] for problem in problems]
+    if not any(map(is_latex, golds)):
+        return list(map(same, golds, answers))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
+        return list(threads.map(same, golds, answers))
+
+
+# ==== what it costs ===========================================================================================================
+
+PHASES = "generate", "check", "score", "update", "evaluate", "save"
+COST = dict.fromkeys((*PHASES, "flops"), 0.0) | {"since": time.perf_counter()}           # since the last line of the log
+OPEN = []                                                            # phases at hand
+# dense bf16 FLOPs a second with fp32 sums, by the makers' data sheets; a name that stands in another's comes after it
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
+         "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+@contextmanager
+def phase(name):
+    """The seconds of its body count as this phase in the log; one within another as the outer one: an evaluation generates."""
+    OPEN.append(name)
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()                                 # what is only queued counts as well
+        OPEN.pop()
+        COST[name] += 0 if OPEN else time.perf_counter() - began
+
+
+def lap(state):
+    """What was spent since the last line of the log: {phase: seconds}, and seconds without evaluating and saving. Adds all of it to
+    the state."""
+    now, phases = time.perf_counter(), {name: round(COST[name], 4) for name in PHASES}
+    seconds = now - COST["since"] - COST["evaluate"] - COST["save"]
+    state["phases"] = {name: state["phases"][name] + phases[name] for name in PHASES}
+    state["flops"] += COST["flops"]
+    if torch.cuda.is_initialized():
+        state["peak_gib"] = max(state.get("peak_gib", 0.0), torch.cuda.max_memory_allocated() / 2 ** 30)
+    COST.update(dict.fromkeys(COST, 0.0), since=now)
+    return phases, seconds
+
+
+def count_training(gpt, lengths, sampled):
+    """Counts the FLOPs of a forward and backward: 6 for each weight of the blocks and token, 6 for each of the head and sampled
+    token, 12 H D a layer for each column that a token attends to, half of them in the mean."""
+    c, blocks = gpt.config, sum(p.numel() for p in gpt.blocks.parameters())
+    attended = c.n_layer * c.n_head * c.head_dim * lengths.square().sum()
+    COST["flops"] += 6 * int(blocks * lengths.sum() + c.vocab_size * c.n_embd * sampled + attended)
+
+
+def bill(state, args):
+    """What a run cost, for its summary: rates of the training, seconds by phase of all of it; of a GPU that is known the share of
+    its peak in the updates, and the highest memory in use."""
+    seconds, update = max(state["seconds"], 1e-9), state["phases"]["update"]
+    found = {"seconds": round(state["seconds"], 3), "tokens_per_second": round(state["tokens"] / seconds, 1),
+             "rollouts_per_second": round(state["rollouts"] / seconds, 2),
+             "phases": {name: round(value, 1) for name, value in state["phases"].items()}}
+    if "peak_gib" in state:
+        found["peak_gib"] = round(state["peak_gib"], 2)
+        name = torch.cuda.get_device_name()
+        peak = next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b(?! (?:D|Laptop))", name)), None)
+        if peak and update:
+            found["mfu"] = round(state["flops"] / update / peak, 4)
+    return found
+
+
 # ==== responses and their evaluation ==========================================================================================
 
 @torch.no_grad()
 def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask and sampled_logprobs
-    (B, T-1), ended and outcomes (B,)}, texts and answers. ended: stopped by itself, not cut off."""
-    tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
+    (B, T-1), ended, outcomes and strict (B,)}, texts and answers. ended: stopped by itself, not cut off; strict: right, in the
+    asked form."""
+    with phase("generate"):
+        tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
             "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
     texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
-    answers = read_answers(texts, problems, args)
-    return data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers
+    with phase("check"):
+        answers = read_answers(texts, problems, args)
+        outcomes = reward(answers, problems, args)
+    strict = (outcomes == 1) & torch.tensor([in_form(text, problem) for text, problem in zip(texts, problems)])
+    return data | {"outcomes": outcomes.to(tokens.device), "strict": strict.to(tokens.device)}, texts, answers
 
 
 def response_ids(data):
@@ -846,7 +1066,8 @@ def response_ids(data):
 
 def measures(data, answers):
     """{name: a number for each response} of what training and evaluation both log."""
-    return {"accuracy": (data["outcomes"] == 1).tolist(), "unparsed": [answer is None for answer in answers],
+    return {"accuracy": (data["outcomes"] == 1).tolist(), "strict_accuracy": data["strict"].tolist(),
+            "unparsed": [answer is None for answer in answers],
             "truncated": (~data["ended"]).tolist(), "response_length": data["response_mask"].sum(1).tolist()}
 
 
@@ -861,13 +1082,27 @@ def in_batches(problems, args, count=1):
     return [problems[i:i + size] for i in range(0, len(problems), size)]
 
 
+def by_set(problems):
+    """{prefix for the names of metrics: which problems}: all of them, and those of each file if --eval-data has several."""
+    found = {"": list(range(len(problems)))}
+    for i, problem in enumerate(problems):
+        if "set" in problem:
+            found.setdefault(f"{problem['set']}_", []).append(i)
+    return found
+
+
+@phase("evaluate")
 def evaluate(policy, problems, tokenizer, args, temperature=0):
-    """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise."""
+    """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise. Of several test files
+    also what was right in each."""
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
     for batch in tqdm(in_batches(problems, args), "evaluation", disable=None, leave=False):
         measured, text = attempt(policy, batch, tokenizer, args, temperature)
         for name, values in measured.items():
             found.setdefault(name, []).extend(values)
+    right = {name: found[name] for name in ("accuracy", "strict_accuracy", "t1", "t2") if name in found}
+    for prefix, rows in by_set(problems).items():
+        found |= {prefix + name: [values[i] for i in rows] for name, values in right.items()}
     return means(found) | {"sample": f"{batch[0]['question']}\n{text}"}                  # the last entry is to be looked at
 
 
@@ -875,7 +1110,8 @@ def keep_best(policy, dev, tokenizer, iteration, state, args, temperature=0, by=
     """Evaluates the policy on the dev split; the checkpoint that is best there so far is kept in the folder model/."""
     found = evaluate(policy, dev, tokenizer, args, temperature)
     if iteration == 0 or found[by] > state["best"][by]:
-        save_checkpoint(Path(args.out) / "model", policy, tokenizer)
+        with phase("save"):
+            save_checkpoint(Path(args.out) / "model", policy, tokenizer)
         state["best"] = {"iteration": iteration, "accuracy": found["accuracy"], by: found[by]}
     return {f"dev_{name}": value for name, value in found.items()}
 
@@ -890,12 +1126,16 @@ def pack(rows, policy):
     return {"tokens": tokens, "response_mask": mask}
 
 
+def row_lengths(batch):
+    """(B,) tokens of each row before its padding."""
+    columns = torch.arange(2, batch["tokens"].shape[1] + 1, device=batch["tokens"].device)
+    return (batch["response_mask"] * columns).amax(1)
+
+
 def micro_batches(batch, size):
     """(rows, micro-batch) pairs: `size` rows of like length, cut to the longest of them, so that little padding is computed; on
     a GPU to a multiple of 64, which its kernels like."""
-    granule = 64 if batch["tokens"].is_cuda else 1
-    columns = torch.arange(2, batch["tokens"].shape[1] + 1, device=batch["tokens"].device)
-    lengths = (batch["response_mask"] * columns).amax(1).cpu()       # (B,) tokens before the padding
+    lengths, granule = row_lengths(batch).cpu(), 64 if batch["tokens"].is_cuda else 1
     for rows in lengths.argsort(stable=True).split(size):
         width = math.ceil(int(lengths[rows].max()) / granule) * granule
         yield rows, {k: v[rows] if v.dim() == 1 else v[rows, :width if k == "tokens" else width - 1]
@@ -904,7 +1144,10 @@ def micro_batches(batch, size):
 
 def sampled(gpt, micro):
     """Hidden states (N, C) in which the N tokens of response_mask were chosen, and those tokens (N,)."""
-    return gpt(micro["tokens"])[:, :-1][micro["response_mask"]], micro["tokens"][:, 1:][micro["response_mask"]]
+    hidden, targets = gpt(micro["tokens"])[:, :-1][micro["response_mask"]], micro["tokens"][:, 1:][micro["response_mask"]]
+    if torch.is_grad_enabled():
+        count_training(gpt, row_lengths(micro), len(targets))
+    return hidden, targets
 
 
 def place(x, response_mask):
@@ -922,6 +1165,7 @@ def autocast(tokens):
     return torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
 
 
+@phase("score")
 @torch.no_grad()
 def token_stats(policy, ref, data, args, critic=None):
     """Of each sampled token (B, T-1): old_logprobs, ref_logprobs, entropy, kl over the vocabulary, and the critic's old_values."""
@@ -950,6 +1194,7 @@ def adamw(modules, lr):
     return torch.optim.AdamW(torch.nn.ModuleList(modules).parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
+@phase("update")
 def optimiser_step(loss_of, minibatch, optimizer, args):
     """One step on the rows of a minibatch; loss_of(micro, minibatch) gives a micro-batch's share of the loss and of the logged
     means. Returns those and grad_norm as floats; a FloatingPointError names what is not finite, before any weight changes."""
@@ -1026,7 +1271,8 @@ def run_info(args):
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
             "threads": torch.get_num_threads(), "commit": commit,
             "clean": bool(commit) and not shell("git status --porcelain").stdout,
-            "inputs": {name: fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
+            "inputs": {name: [fingerprint(file) for file in path.split(",")] if name == "eval_data"
+                       else fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
 
 
 def fingerprint(path):
@@ -1041,7 +1287,8 @@ def fingerprint(path):
 def open_run(args):
     """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
     a run. From here on a signal saves before it ends the run."""
-    out, state = Path(args.out), {"step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0, "flat": 0}
+    out, state = Path(args.out), {"step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0, "rollouts": 0, "flat": 0, "flops": 0.0,
+                                  "phases": dict.fromkeys(PHASES, 0.0)}
     if args.resume and not (out / "args.json").exists():
         raise InputError(f"{out}: no run to resume")
     try:
@@ -1083,6 +1330,7 @@ def open_run(args):
     return state
 
 
+@phase("save")
 def save_run(modules, optimizer, state, args):
     """state.pt: all that resuming needs, the state with the weights of each module and of the optimiser."""
     weights = {name: part.state_dict() for name, part in (modules | {"optimizer": optimizer}).items()}
@@ -1093,6 +1341,7 @@ def resumable(total, every, modules, optimizer, state, args):
     """Steps 1 .. total, or those that a resumed run has left. Saves every so many (0: each minute), after the last, and when a
     signal came, which ends the run. A step's number seeds it, so that no random state needs to be kept."""
     if "weights" in state:
+        COST["since"] = time.perf_counter()                          # to load it was no training
         weights = state.pop("weights")
         for name, part in (modules | {"optimizer": optimizer}).items():
             part.load_state_dict(weights[name])
@@ -1142,16 +1391,19 @@ def show(record, state, args):
             value = record[key]
             text = f"{name} " + ("/".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.3g}")
             parts.append(f"\033[31m{text}\033[0m" if key == "truncated" and value > 0.2 and red else text)
-    left = state["seconds"] / record["iteration"] * (args.iterations - record["iteration"])
+    spent = state["seconds"] + state["phases"]["evaluate"] + state["phases"]["save"]
+    left = spent / record["iteration"] * (args.iterations - record["iteration"])
     say("  ".join(parts) + f"  {record['tokens_per_second']:.0f} tok/s  ETA {left // 60:.0f}:{left % 60:02.0f}")
 
 
-def finish_iteration(log, iteration, began, state, args):
+def finish_iteration(log, iteration, state, args):
     """Logs an iteration, shows it as one line, draws the curves, and warns of ten in a row without any signal."""
-    seconds, tokens = time.time() - began, log.get("tokens", 0)
-    state["seconds"], state["tokens"] = state["seconds"] + seconds, state["tokens"] + tokens
+    phases, seconds = lap(state)
+    for name, value in (("seconds", seconds), ("tokens", log.get("tokens", 0)), ("rollouts", log.get("rollouts", 0))):
+        state[name] += value
     state["flat"] = state["flat"] + 1 if log.get("no_signal") == 1 else 0
-    record = {"event": "iteration", "iteration": iteration} | log | {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    record = {"event": "iteration", "iteration": iteration} | log | {
+        "seconds": seconds, "phases": phases, "tokens_per_second": log.get("tokens", 0) / seconds}
     write_log(record, state, args)
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:
@@ -1173,6 +1425,7 @@ def figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
+@phase("save")
 def plot(args):
     """curves.png: the numbers of log.jsonl over the iterations."""
     log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
@@ -1188,24 +1441,38 @@ def plot(args):
     picture.savefig(Path(args.out) / "curves.png", dpi=100)
 
 
+def evaluated(find, problems, args):
+    """--evaluate-only: a run folder with what find() finds of the checkpoint, in the summary of a run that trained nothing."""
+    state, found = open_run(args), find()
+    state |= {"warmup_steps": 0, "before": found, "best": {"iteration": 0, "accuracy": found["accuracy"]}}
+    tell("after", found, state, args)
+    summarise(problems, state, args)
+
+
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
+    for name in "generate", "check":                                 # samples of the test problems
+        COST["evaluate"], COST[name] = COST["evaluate"] + COST[name], 0.0
     event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
              {"event": "end", "best_iteration": state["best"]["iteration"]})
-    write_log(event | found, state, args)
+    write_log(event | found | {"phases": lap(state)[0]}, state, args)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, (int, float)))
-    say(f"{'warm-up' if moment == 'before' else 'best checkpoint'}, test: {numbers}\n  a response: {found['sample']!r}")
+    which = "warm-up" if moment == "before" else "checkpoint" if args.evaluate_only else "best checkpoint"
+    say(f"{which}, test: {numbers}\n  a response: {found['sample']!r}")
 
 
 def summarise(problems, state, args):
     """The last line on the screen, and summary.json with what a results table needs."""
     summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
-    summary |= {name: state[name] for name in ("before", "after", "best")} | {"seconds": round(state["seconds"], 3)}
-    summary["tokens_per_second"] = round(state["tokens"] / max(state["seconds"], 1e-9), 1)
+    summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state, args))
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
     say(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f} on {problems} test "
         f"problems (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {args.out}")
+    rates = {"rollouts_per_second": "{} rollouts/s", "tokens_per_second": "{} tokens/s", "mfu": "MFU of the updates {:.1%}",
+             "peak_gib": "peak {} GiB"}
+    say("seconds: " + ", ".join(f"{name} {value}" for name, value in cost["phases"].items()) + "; "
+        + ", ".join(text.format(cost[name]) for name, text in rates.items() if name in cost))
 
 
 # ==== command line ============================================================================================================
@@ -1229,7 +1496,7 @@ def parse_args(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    args.out = args.out or f"runs/{Path(__file__).stem}-{args.method}-s{args.seed}"
+    args.out = args.out or f"runs/{Path(__file__).stem}-{'evaluate' if args.evaluate_only else args.method}-s{args.seed}"
     check_args(args)
     return args
 
@@ -1238,7 +1505,7 @@ def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
     for f in fields(Args):
         value = getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        least = 0 if f.type is float or f.name in ("seed", "eval_size", "warmup_epochs", "iterations", "vote_k") else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     nothing = not args.model
@@ -1246,7 +1513,9 @@ def check_args(args):
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
-                 "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
+                 "--train-data and --eval-data go together":
+                     bool(args.train_data) != bool(args.eval_data) and not (args.evaluate_only and args.eval_data),
+                 "--evaluate-only needs --model, the checkpoint to be tested": args.evaluate_only and nothing,
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,

@@ -381,7 +381,7 @@ def outcome_of(module, out, **flags):
     names = {f.name for f in dataclasses.fields(module.Args)}
     module.main(module.Args(**({k: v for k, v in defaults.items() if k in names} | SMALL | {"out": str(out)} | flags)))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    other = re.compile("seconds|tokens_per_second|total_tokens|stage_")
+    other = re.compile("seconds|phases|tokens_per_second|total_tokens|stage_")
     log = [{k: v for k, v in r.items() if not other.match(k)} for r in log]
     return log, torch.load(out / "state.pt", weights_only=True)["weights"]["policy"]
 

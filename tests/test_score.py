@@ -192,7 +192,7 @@ def test_the_control_of_the_bonus_weighs_the_second_turn_of_stage_2_alone():
 
 def made(texts, answers, outcomes, ids=((7, 2),) * 4, ended=(True,) * 4):
     """Attempts as one_turn() returns them."""
-    columns = {"ids": map(list, ids), "text": texts, "answer": answers, "outcome": map(float, outcomes), "ended": ended}
+    columns = {"ids": map(list, ids), "text": texts, "answer": answers, "outcome": map(float, outcomes), "strict": [outcome == 1 for outcome in outcomes], "ended": ended}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
@@ -202,7 +202,7 @@ def test_measures_are_shares_of_all_problems():
     found = score.means(score.turn_measures(first, second))
     assert found.pop("edit_histogram") == pytest.approx([0.5, 0, 0.25, 0, 0, 0, 0, 0, 0, 0.25])
     assert found == pytest.approx({
-        "accuracy": 0.5, "outcome": 1.0, "t1": 0.5, "t2": 0.5, "delta": 0.0, "i->c": 0.25, "c->i": 0.25, "changed": 0.5,
+        "accuracy": 0.5, "strict_accuracy": 0.5, "outcome": 1.0, "t1": 0.5, "t2": 0.5, "delta": 0.0, "i->c": 0.25, "c->i": 0.25, "changed": 0.5,
         "unparsed": 3 / 8, "edit_ratio": (0 + 1 / 5 + 1 + 0) / 4, "truncated": 3 / 8, "truncated_1": 0.25, "truncated_2": 0.5,
         "response_length": 5, "length_1": 2, "length_2": 3})
 

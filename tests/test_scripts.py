@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -43,9 +44,9 @@ def run(script, out, *flags, tiny=True, pictures=False):
 
 
 def read_log(out):
-    """log.jsonl without the two fields that a clock wrote."""
+    """log.jsonl without the fields that a clock wrote."""
     records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "phases", "tokens_per_second")} for r in records]
 
 
 def weights(out):
@@ -306,7 +307,7 @@ def test_resume_with_other_inputs_is_refused(which, checkpoint, tmp_path):
     whole = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)] + [
         "--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4", "--eval-size", "4"]
     result = run("ppo_reft", tmp_path / "run", *whole, tiny=False)
-    assert result.returncode == 0 and "warning: 9 questions" in result.stdout, result.stderr           # those of both files
+    assert result.returncode == 0 and "warning: 4 of 4 test questions" in result.stdout, result.stderr           # those of both files
     assert run("ppo_reft", tmp_path / "run", *whole, "--resume", tiny=False).returncode == 0
     if which == "model":
         config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -357,6 +358,100 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+MATH = [{"problem": f"What is half of ${i}$?", "solution": f"It is $\\boxed{{\\frac{{{i}}}{{2}}}}$.", "answer": f"\\frac{{{i}}}{{2}}"} for i in range(30)]
+SHORT = ["--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "16", "--max-new-tokens", "4"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_several_test_files_and_latex(script, checkpoint, tmp_path):
+    """Each file of --eval-data has its own shares, and in prl.py its own avg@n and pass@k; answers may be of different kinds."""
+    shutil.copytree(checkpoint, checkpoint := tmp_path / "model")                    # with room for the second turn's long prompt
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    files = write(tmp_path / "train.jsonl", MATH), write(tmp_path / "math.jsonl", MATH[:6]), write(tmp_path / "gsm.jsonl", GSM[:3])
+    result = run(script, tmp_path / "run", "--model", checkpoint, "--train-data", files[0], "--eval-data", f"{files[1]},{files[2]}",
+                 *SHORT, tiny=False)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    after = summary["after"]
+    assert summary["problems"] == 9
+    for name in ("accuracy", "strict_accuracy") + (("avg@8", "pass@1", "pass@8") if script == "prl" else ()):
+        assert after[name] == pytest.approx((6 * after[f"math_{name}"] + 3 * after[f"gsm_{name}"]) / 9), name
+    if script == "prl":
+        assert after["right"] == after["math_right"] + " " + after["gsm_right"] and len(after["gsm_right"].split()) == 3
+    files[2].write_text(json.dumps(GSM[4]))
+    refuse(run(script, tmp_path / "run", "--model", checkpoint, "--train-data", files[0], "--eval-data", f"{files[1]},{files[2]}", *SHORT,
+               "--resume", tiny=False), "--eval-data", "has changed")
+
+
+@pytest.mark.parametrize("script, method", [case for case in CASES if case[1] in OWN])
+def test_evaluate_only(script, method, folder, tmp_path):
+    """The best checkpoint of a run: what the run found of it "after", in the same summary, and no weights."""
+    trained, out = folder / f"{script}-{method}", tmp_path / "tested"
+    whole_run(script, method, trained)
+    result = run(script, out, "--model", trained / "model", "--evaluate-only")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in out.iterdir()} == {".lock", "args.json", "log.jsonl", "summary.json"}
+    was, found = [json.loads((path / "summary.json").read_text()) for path in (trained, out)]
+    assert found.keys() == was.keys() and found["before"] == found["after"] and found["problems"] == 8
+    shared = found["after"].keys() & was["after"].keys()
+    assert {"accuracy", "strict_accuracy", "truncated"} <= shared
+    assert {name: found["after"][name] for name in shared} == {name: was["after"][name] for name in shared}
+    assert [record["event"] for record in read_log(out)] == ["end"] and "warm-up" not in result.stdout
+    refuse(run(script, out, "--model", trained / "model", "--evaluate-only"), "holds a run already")
+
+
+@pytest.mark.parametrize("script, flags, more", [("ppo_reft", ["--vote-k", "3"], {"vote_3", "sampled_accuracy"}), ("r3", [], set()),
+                                                 ("score", ["--vote-k", "2"], {"t1", "vote_4_parallel", "vote_2_corrected"}),
+                                                 ("prl", ["--samples", "3"], {"avg@3", "pass@3", "gsm_pass@3"})])
+def test_evaluate_only_needs_no_training_data_and_takes_whole_files(script, flags, more, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, checkpoint := tmp_path / "model")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    files = write(tmp_path / "gsm.jsonl", GSM), write(tmp_path / "reft.json", REFT[:5], "list")
+    command = ["--model", checkpoint, "--eval-data", f"{files[0]},{files[1]}", "--max-new-tokens", "4", "--evaluate-only", *flags]
+    result = run(script, tmp_path / "run", *command, tiny=False)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["problems"] == 35 and more <= summary["after"].keys()
+    result = run(script, tmp_path / "fewer", *command, "--eval-size", "3", tiny=False)
+    assert result.returncode == 0 and json.loads((tmp_path / "fewer" / "summary.json").read_text())["problems"] == 6, result.stderr
+
+
+def test_test_questions_known_from_training_are_counted(tmp_path, capsys):
+    """Also where only blanks and capitals differ, and among the problems that are tested."""
+    import ppo_reft as reft
+    known = [{**GSM[3], "question": GSM[3]["question"].upper() + " "}, GSM[4], GSM[5]]
+    fresh = [{**GSM[i], "question": f"New {i}?"} for i in range(5)]
+    files = write(tmp_path / "train.jsonl", GSM), write(tmp_path / "test.jsonl", known + fresh)
+    args = reft.Args(train_data=str(files[0]), eval_data=str(files[1]))
+    assert len(reft.load_problems(args)[2]) == 8
+    assert f"warning: 3 of 8 test questions are in {files[0]}" in capsys.readouterr().out
+    reft.load_problems(dataclasses.replace(args, eval_size=1))
+    assert "warning: 1 of 1 " in capsys.readouterr().out
+    write(files[1], fresh)
+    reft.load_problems(args)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_each_test_file_counts_for_itself(monkeypatch):
+    import ppo_reft as reft
+    problems = [{"prompt": [0] * n, "question": "", "set": name} for n, name in ((3, "a"), (1, "b"), (2, "a"))]
+    monkeypatch.setattr(reft, "attempt", lambda policy, batch, *_: ({"accuracy": [len(p["prompt"]) for p in batch]}, ""))
+    found = reft.evaluate(None, problems, None, reft.Args())
+    assert (found["accuracy"], found["a_accuracy"], found["b_accuracy"]) == (2, 2.5, 1)
+
+
+def test_test_files_of_one_name_are_told_apart(tmp_path):
+    import ppo_reft as reft
+    paths = [tmp_path / name / "test.jsonl" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        write(path, GSM[:2])
+    tests = reft.read_tests(reft.Args(train_data="x", eval_data=f"{paths[0]},{paths[1]}"))
+    assert [problem["set"] for problem in tests] == [str(path) for path in paths for _ in range(2)]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--method", "grpo"], ["--method", "reft", "online-st"]),
     (["--kl", "k9"], ["k1", "exact"]),
@@ -368,6 +463,9 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     (["--warmup-epochs", "0"], ["--model"]),
     (["--model", "no/such/folder"], ["no/such/folder"]),
     (["--train-data", "x"], ["--eval-data"]),
+    (["--model", "x", "--eval-data", "x"], ["--train-data"]),
+    (["--evaluate-only"], ["--model"]),
+    (["--model", "x", "--eval-data", "x", "--evaluate-only", "--vote-k", "2", "--rerank"], ["--rerank", "--train-data"]),
     (["--max-new-tokens", "5000"], ["context"]),
     (["--n-embd", "10"], ["--n-embd 10 --n-head 2"]),                # heads of 5: RoPE turns pairs
     (["--n-embd", "64", "--n-head", "3"], ["--n-head 3"]),
@@ -448,15 +546,93 @@ def test_bad_data_is_refused_with_its_line(text, words, checkpoint, tmp_path):
     refuse(run("ppo_reft", tmp_path / "run", "--model", checkpoint, "--train-data", tmp_path / "none", "--eval-data", good), "none: cannot be read")
 
 
+def test_the_commands_of_readme_are_accepted():
+    """Every flag of the recipes exists and fits to the others."""
+    part = (ROOT / "README.md").read_text().partition("## Real models and data")[2].partition("\n## ")[0]
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    python (.*)$", part.replace("\\\n", " "), re.M)]
+    assert len(commands) == 9
+    for script, *flags in commands:
+        args = importlib.import_module(script[:-3]).parse_args(flags)
+        assert args.model == "FOLDER" and args.eval_size == 0
+    assert {command[0] for command in commands} == {f"{script}.py" for script in SCRIPTS}
+
+
 # ---- promises about the log --------------------------------------------------------------------------------------------------
 
 def test_warning_after_ten_iterations_without_signal(tmp_path, capsys):
     import ppo_reft as reft
-    args, state = reft.Args(out=str(tmp_path), iterations=40), {"seconds": 0.0, "tokens": 0, "log_lines": 0, "flat": 0}
+    args, state = reft.Args(out=str(tmp_path), iterations=40), {"seconds": 0.0, "tokens": 0, "log_lines": 0, "flat": 0, "rollouts": 0, "flops": 0.0, "phases": dict.fromkeys(reft.PHASES, 0.0)}
     for iteration in range(1, 11):
         assert "nothing to learn from" not in capsys.readouterr().out
-        reft.finish_iteration({"no_signal": 1.0, "tokens": 5}, iteration, time.time() - 1, state, args)
+        reft.finish_iteration({"no_signal": 1.0, "tokens": 5}, iteration, state, args)
     assert "nothing to learn from" in capsys.readouterr().out
+
+
+NOTHING = {"log_lines": 0, "seconds": 0.0, "tokens": 0, "rollouts": 0, "flat": 0, "flops": 0.0}
+
+
+def test_seconds_by_phase(tmp_path, capsys):
+    """A phase within another counts as the outer one, whatever ends it; evaluating and saving are no training time."""
+    import ppo_reft as reft
+    state = NOTHING | {"phases": dict.fromkeys(reft.PHASES, 0.0)}
+    reft.lap(state)
+    with reft.phase("evaluate"):
+        for name in "generate", "check":
+            with pytest.raises(KeyError), reft.phase(name):
+                time.sleep(0.05)
+                raise KeyError
+    with reft.phase("update"):
+        time.sleep(0.02)
+    time.sleep(0.01)
+    reft.finish_iteration({"tokens": 6, "rollouts": 2}, 1, state, reft.Args(out=str(tmp_path)))
+    record = json.loads((tmp_path / "log.jsonl").read_text())
+    assert list(record["phases"]) == ["generate", "check", "score", "update", "evaluate", "save"]
+    assert record["phases"]["generate"] == record["phases"]["check"] == record["phases"]["score"] == record["phases"]["save"] == 0
+    assert 0.1 <= record["phases"]["evaluate"] < 0.2 and 0.02 <= record["phases"]["update"] < record["seconds"] - 0.009 < 0.1
+    assert record["tokens_per_second"] == pytest.approx(6 / record["seconds"], rel=1e-4)
+    bill = reft.bill(state, reft.Args())
+    assert bill["rollouts_per_second"] == pytest.approx(2 / record["seconds"], rel=0.01) and "mfu" not in bill
+
+
+@pytest.mark.parametrize("script, method", [case for case in CASES if case[1] in OWN])
+def test_every_line_says_what_it_cost(script, method, folder):
+    out = folder / f"{script}-{method}"
+    printed, _ = whole_run(script, method, out)
+    warmup, *iterations, end = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert warmup["phases"]["update"] > 0 and warmup["phases"]["evaluate"] > 0 == warmup["phases"]["generate"]
+    assert end["phases"]["evaluate"] > 0 == end["phases"]["generate"]
+    for record in iterations:
+        training = sum(record["phases"][name] for name in ("generate", "check", "score", "update"))
+        assert 0 < training <= record["seconds"] + 1e-3 and record["phases"]["generate"] > 0 < record["phases"]["update"]
+        assert (record["phases"]["evaluate"] > 0) == (record["iteration"] in (1, 3)) and record["phases"]["save"] > 0     # 1: of 0, the start
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rollouts_per_second"] > 0 < summary["tokens_per_second"] and summary["seconds"] == pytest.approx(
+        sum(record["seconds"] for record in iterations), abs=0.01)
+    for name, value in summary["phases"].items():
+        assert value == pytest.approx(sum(r["phases"][name] for r in (warmup, *iterations, end)), abs=0.06), name
+    assert f"seconds: generate {summary['phases']['generate']}" in printed and f"{summary['rollouts_per_second']} rollouts/s" in printed
+
+
+def test_flops_of_an_update_and_the_share_of_the_peak(checkpoint, monkeypatch):
+    """Two rows of 5 and 3 tokens, of which 3 and 1 are trained, through one block of width 16 and a vocabulary of V."""
+    import ppo_reft as reft
+    gpt = reft.load_checkpoint(checkpoint)[0]
+    blocks, vocabulary = sum(p.numel() for name, p in gpt.named_parameters() if "blocks" in name), gpt.config.vocab_size
+    batch = reft.pack([([1] * 5, [False] * 2 + [True] * 3), ([1] * 3, [False] * 2 + [True])], gpt)
+    state = NOTHING | {"phases": dict.fromkeys(reft.PHASES, 0.0)}
+    reft.lap(state)
+    reft.optimiser_step(functools.partial(reft.sft_loss, gpt), batch, reft.adamw([gpt], 1e-3), reft.Args(micro_batch_size=1))
+    with torch.no_grad():
+        reft.sampled(gpt, batch)                                     # no training
+    reft.lap(state)
+    assert state["flops"] - NOTHING["flops"] == 6 * (8 * blocks + 4 * 16 * vocabulary + 16 * (5 ** 2 + 3 ** 2))
+    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
+                       "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+                       "NVIDIA L40": None, "NVIDIA A10G": None, "NVIDIA GH200 480GB": None, "NVIDIA L4": 121e12}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        busy = state | {"peak_gib": 1.2345, "flops": 989e12, "phases": state["phases"] | {"update": 2.0}}
+        bill = reft.bill(busy, reft.Args())
+        assert bill["peak_gib"] == 1.23 and bill.get("mfu") == (peak and round(989e12 / 2 / peak, 4))
 
 
 def test_demonstrations_longer_than_responses_are_counted_at_the_start(capsys):
@@ -473,15 +649,16 @@ def test_truncated_share_is_red_above_a_fifth(capsys, monkeypatch):
     import ppo_reft as reft
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False), monkeypatch.setenv("TERM", "xterm")
+    state = {"seconds": 1.0, "phases": {"evaluate": 1.0, "save": 1.0}}
     record = {"iteration": 1, "truncated": 0.21, "tokens_per_second": 1.0}
-    reft.show(record, {"seconds": 1.0}, reft.Args())
-    reft.show(record | {"truncated": 0.19}, {"seconds": 1.0}, reft.Args())
+    reft.show(record, state, reft.Args())
+    reft.show(record | {"truncated": 0.19}, state, reft.Args())
     first, second = capsys.readouterr().out.splitlines()
     assert "\033[31mcut 0.21" in first and "\033[31m" not in second
     for name, value in ("NO_COLOR", "1"), ("TERM", "dumb"):
         with monkeypatch.context() as plain:
             plain.setenv(name, value)
-            reft.show(record, {"seconds": 1.0}, reft.Args())
+            reft.show(record, state, reft.Args())
             assert "cut 0.21" in (out := capsys.readouterr().out) and "\033[" not in out
 
 
