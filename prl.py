@@ -83,15 +83,16 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems
-    operations_low: int = 3          # fewest operations of a built-in dev or test problem
-    operations_high: int = 6         # most
-    operations_train: int = 6        # most of a built-in training problem, the fewest is 1
-    operations_hard: int = 8         # most of a hard test problem, which has more than any question of the RL
+    train_size: int = 256            # built-in questions of the RL
+    demonstrations: int = 9000       # built-in demonstrations for the warm-up besides theirs, of 1 to --operations-hard operations
+    operations_low: int = 3          # fewest operations, look-ups, of a built-in dev or test problem
+    operations_high: int = 3         # most
+    operations_train: int = 3        # most of a built-in training problem, the fewest is 1
+    operations_hard: int = 6         # most of a hard test problem, which has more than any question of the RL
     # warm-up, which the paper has none of, on a linear schedule with 10 % warm-up steps as ReFT's
-    warmup_epochs: int = 3           # passes over the demonstrations, an eighth more of hard ones; 0: none (needs --model)
+    warmup_epochs: int = 3           # passes over the demonstrations; 0: none (needs --model)
     warmup_batch_size: int = 16      # demonstrations an optimiser step; ReFT: 48
-    warmup_lr: float = 2e-3          # peak; ReFT: 1e-5 for a pretrained 7B model
+    warmup_lr: float = 3e-3          # peak; ReFT: 1e-5 for a pretrained 7B model
     # reinforcement learning
     iterations: int = 40             # rollouts, each with its update; authors' code: at least 500
     batch_size: int = 32             # questions an iteration; authors' code: 128
@@ -99,8 +100,8 @@ class Args:
     minibatch_size: int = 256        # rows an optimiser step; authors' code: the whole batch (version 2: a quarter)
     micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 1              # passes over a rollout; authors' code: 1, so the ratio is 1 and nothing is clipped
-    max_new_tokens: int = 60         # longest response; authors' code: 3072
-    lr: float = 3e-4                 # constant; authors' code: 1e-6 for pretrained 1B to 7B models
+    max_new_tokens: int = 24         # longest response; authors' code: 3072
+    lr: float = 1e-3                 # constant; authors' code: 1e-6 for pretrained 1B to 7B models
     eta: float = 10.0                # 1 / eta weighs the KL; authors' code: 1 to 200, for far longer responses
     steps: Literal["newline", "length", "token"] = "newline"    # what ends a step: a line break, --step-len tokens, each token
     step_len: int = 4                # tokens; paper: 16 to 256, of responses 30 times as long
@@ -111,16 +112,16 @@ class Args:
     kl_coef: float = 0.1             # of F9, --method grpo-kl-loss; version 2: 0.01
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
     # reports
-    samples: int = 8                 # n of avg@n and pass@k, drawn per test problem, T = 1; authors' code: 8
+    samples: int = 64                # n of avg@n and pass@k, drawn per test problem, T = 1; authors' code: 8
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
     eval_every: int = 5              # iterations between evaluations by a sample per dev problem, which choose the checkpoint
-    eval_size: int = 0               # at most so many dev problems, and of each test set; 0: all in the files, 300 built-in ones
+    eval_size: int = 0               # at most so many dev problems, and of each test set; 0: all in the files, 100 built-in ones
     save_every: int = 10             # iterations between saved states
 
     def __post_init__(self):
         self.steps = "token" if self.method in ("frpo", "prm") else self.steps
         self.iterations = 0 if self.method == "base" else self.iterations
-        self.eval_size = self.eval_size or (0 if self.eval_data else 300)
+        self.eval_size = self.eval_size or (0 if self.eval_data else 100)
         if not self.eta:
             raise InputError("--eta 0.0: must be above 0; without any KL it is --method grpo")
         if self.dual_clip <= 1:
@@ -251,7 +252,7 @@ def update(loss_of, data, optimizer, args):
 
 def main(args):
     policy, tokenizer, train, dev, test = prepare(args)
-    hard, shown = hard_problems(policy, tokenizer, args)
+    hard, shown = hard_problems(policy, dev + test, tokenizer, args)
     tests = {"": test} | ({"hard_": hard} if hard else {})
     if args.evaluate_only:
         return evaluated(functools.partial(report, policy, tests, tokenizer, args), len(test), args)
@@ -382,8 +383,8 @@ def report(policy, tests, tokenizer, args):
 def entropy(policy, problems, tokenizer, args):
     """The mean entropy of the policy, in nats, over the tokens of one sample a problem."""
     total, count = 0.0, 0
-    for i in range(0, len(problems), args.minibatch_size):
-        data, _, _ = respond(policy, problems[i:i + args.minibatch_size], tokenizer, args)
+    for batch in in_batches(problems, args):
+        data, _, _ = respond(policy, batch, tokenizer, args)
         total += float(token_stats(policy, policy, data, args)["entropy"].sum())
         count += int(data["response_mask"].sum())
     return total / count
@@ -406,15 +407,16 @@ def plot_pass(state, args):
     picture.savefig(Path(args.out) / "passk.png", dpi=100)
 
 
-def hard_problems(policy, tokenizer, args):
-    """A second test set with more operations than any question of the reinforcement learning, and demonstrations of other such
-    problems for the warm-up: a small GPT has no idea of lengths that it never saw. Neither for data from files."""
+def hard_problems(policy, easy, tokenizer, args):
+    """A second test set with more operations than any question of the reinforcement learning, and demonstrations for the warm-up
+    of problems of any length: a small GPT has no idea of lengths that it never saw. None asks a question of a test or of `easy`.
+    Neither for data from files."""
     if args.train_data or args.eval_data:
         return [], []
     low, high = args.operations_high + 1, args.operations_hard
     try:
         test = builtin_problems(args.eval_size, low, high, f"hard {args.seed}", args)
-        shown = builtin_problems(args.train_size // 8, low, high, 5, args, without=test)
+        shown = builtin_problems(args.demonstrations, 1, high, 5, args, without=test + easy)
         return [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in (test, shown)]
     except InputError as error:
         raise InputError(f"--operations-hard {high}: {error}") from None
@@ -422,39 +424,37 @@ def hard_problems(policy, tokenizer, args):
 
 # ==== the task: problems, prompts, answers ====================================================================================
 
-def demonstration(start, chain, rng, args):
-    """The lines of a right solution. Annotators have two styles: a careful one does one operation a line; a hasty one, more
-    common on long chains, does four at once, which is right in the data but hard to do in one's head. Supervised training copies
-    the mixture; reinforcement learning finds out which is right more often."""
-    stride = 1 if rng.random() < (0.7 if len(chain) <= 3 else 0.3) else 4
-    lines, total = [], start
-    for i in range(0, len(chain), stride):
-        part, before = chain[i:i + stride], total
-        total += sum(part)
-        lines.append(f"{before}{signed(part)} = {total}")
-    return lines
+TABLES = {letter: sample(range(10), 10) for sample in [random.Random(0).sample] for letter in "abcdefgh"}
+SHORT, WHOLE = 3, 0.14                   # look-ups of the short style; share of demonstrations in the whole one
 
 
-def signed(steps):
-    """[3, -4] as " + 3 - 4"."""
-    return "".join(f" {'+' if step > 0 else '-'} {abs(step)}" for step in steps)
+def demonstration(states, chain, rng):
+    """The lines of a solution, a look-up each, and the answer it announces. Most annotators stop after three look-ups, which is
+    right as long as a chain has no more; the others do all, and announce a wrong state in 40 %. Where chains are short the first
+    style pays better, and only the second one ever solves a long one: what reinforcement learning drops there is missed here."""
+    if rng.random() < WHOLE:
+        style, last = "whole:", states[-1] if rng.random() > 0.4 else rng.choice([s for s in range(10) if s != states[-1]])
+    else:
+        style, chain, last = "short:", chain[:SHORT], states[:SHORT + 1][-1]
+    shown = [*states[1:len(chain)], last]
+    return [style] + [f"{letter}{state}" for letter, state in zip(chain, shown)], last
 
 
 def builtin_problem(rng, operations, args):
-    """A chain of additions and subtractions that stays between 0 and 19, with a demonstration."""
-    start, chain = rng.randrange(20), []
-    for _ in range(operations):
-        number, total = rng.randint(1, 9), start + sum(chain)
-        chain.append(rng.choice([step for step in (number, -number) if 0 <= total + step < 20]))
-    total, cot = start + sum(chain), "\n".join(demonstration(start, chain, rng, args))
-    return {"question": f"What is {start}{signed(chain)}?", "cot": cot, "answer": f"{total}", "gold": float(total)}
+    """A chain of look-ups from a start state, "abc=4", with a demonstration and what that announces as "answer", right or wrong. A
+    long chain never ends in the state that the short style finds."""
+    states, chain = [rng.randrange(10)], ""
+    while len(chain) < operations:
+        letter = rng.choice([*TABLES])
+        if len(chain) < max(SHORT, operations - 1) or TABLES[letter][states[-1]] != states[SHORT]:
+            chain, states = chain + letter, states + [TABLES[letter][states[-1]]]
+    lines, announced = demonstration(states, chain, rng)
+    return {"question": f"{chain}={states[0]}", "cot": "\n".join(lines), "answer": f"{announced}", "gold": float(states[-1])}
 
 
 def builtin_tokenizer(args):
-    """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
-    return Tokenizer.from_pieces([str(number) for number in range(20)] + PROMPT.split("{question}")
-                                 + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
-                                    *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
+    """The vocabulary of the built-in problems: a token for each state, letter and fixed piece of text."""
+    return Tokenizer.from_pieces([*"0123456789", *TABLES, "short:", "whole:", "=", "\n", ANSWER, *PROMPT.split("{question}")])
 
 
 def parse_record(raw, args):

@@ -125,7 +125,7 @@ class Args:
     save_every: int = 10             # iterations between saved states
 
     def __post_init__(self):
-        self.eval_size = self.eval_size or (0 if self.eval_data else 1000)
+        self.eval_size = self.eval_size or (0 if self.eval_data else 500)
         weights = self.stage_weights.split(",")
         if self.stage_weights and not (len(weights) == self.stages and re.search("[1-9]", self.stage_weights)
                                        and all(re.fullmatch(r"\d{1,3}", weight) for weight in weights)):

@@ -564,15 +564,38 @@ def test_entropy_of_a_report_is_that_of_its_tokens():
     assert prl.entropy(policy, problems, Words(), args) == pytest.approx(math.log(policy.config.vocab_size), abs=1e-5)
 
 
-def test_hard_problems_have_more_operations_and_are_shared_with_nothing():
-    args = flags(train_size=400, eval_size=60)
+def test_hard_problems_are_longer_and_shared_with_nothing():
+    args = flags(train_size=100, eval_size=60, demonstrations=800)
     policy, tokenizer = prl.initial_policy(args)
-    hard, shown = prl.hard_problems(policy, tokenizer, args)
-    operations = lambda problem: len(re.findall(r" [+-] ", problem["question"]))
-    assert len(hard) == 60 and {operations(p) for p in hard + shown} == {7, 8}
-    assert max(operations(p) for part in prl.load_problems(args) for p in part) == 6
-    assert not {p["question"] for p in hard} & {p["question"] for p in shown}
-    assert prl.hard_problems(policy, None, flags(train_data="x")) == ([], [])
+    easy = sum(prl.load_problems(args)[1:], [])
+    hard, shown = prl.hard_problems(policy, easy, tokenizer, args)
+    length = lambda problem: len(problem["question"].partition("=")[0])
+    assert len(hard) == 60 and {length(p) for p in hard} == {4, 5, 6} and {length(p) for p in shown} == {1, 2, 3, 4, 5, 6}
+    assert max(length(p) for part in prl.load_problems(args) for p in part) == 3
+    assert not {p["question"] for p in hard + easy} & {p["question"] for p in shown}
+    assert prl.hard_problems(policy, [], None, flags(train_data="x")) == ([], [])
+
+
+def test_the_short_style_is_right_on_short_chains_alone_and_the_whole_one_in_part_on_all():
+    args = flags(train_size=100, eval_size=10, demonstrations=6000)
+    policy, tokenizer = prl.initial_policy(args)
+    _, shown = prl.hard_problems(policy, [], tokenizer, args)
+    right = {}
+    for problem in shown:
+        chain, _, state = problem["question"].partition("=")
+        style, *lines = problem["cot"].split("\n")
+        states = [int(state)]
+        for letter in chain:
+            states.append(prl.TABLES[letter][states[-1]])
+        assert problem["gold"] == states[-1] and (len(chain) <= 3 or states[3] != states[-1])
+        assert "".join(line[0] for line in lines) == (chain if style == "whole:" else chain[:3])
+        assert [int(line[1]) for line in lines[:-1]] == states[1:len(lines)] and lines[-1][1] == problem["answer"]
+        right.setdefault((style, len(chain) > 3), []).append(int(problem["answer"]) == problem["gold"])
+    mean = lambda style, long: sum(right[style, long]) / len(right[style, long])
+    assert mean("short:", False) == 1 and mean("short:", True) == 0
+    assert mean("whole:", False) == pytest.approx(0.6, abs=0.1) == mean("whole:", True)
+    whole = len(right["whole:", False]) + len(right["whole:", True])
+    assert whole / len(shown) == pytest.approx(prl.WHOLE, abs=0.02)
 
 
 def test_base_is_an_evaluation_alone_and_the_summary_holds_what_a_table_needs(tmp_path):
@@ -610,7 +633,7 @@ def test_a_warm_up_can_be_shared(tmp_path):
     (["--anchor", "middle"], ["--anchor", "start", "end"]),
     (["--agg", "row"], ["--agg", "token", "const"]),
     (["--method", "reft"], ["--method", "prl", "frpo", "grpo"]),
-    (["--operations-hard", "6"], ["--operations-hard"]),
+    (["--operations-hard", "3"], ["--operations-hard"]),
     (["--operations-hard", "300"], ["--operations-hard 300", "context"]),
     (["--group-size", "0"], ["--group-size"]),
 ])
@@ -625,6 +648,7 @@ def test_each_test_file_has_its_own_avg_and_pass(monkeypatch):
     samples = [[([], "", float(answer)) for answer in row] for row in ([1, 1], [1, 0], [0, 0])]
     monkeypatch.setattr(prl, "draw_samples", lambda *_: samples)
     monkeypatch.setattr(prl, "evaluate", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(prl, "entropy", lambda *_: 1.5)
     found = prl.report(None, {"": problems}, None, flags(samples=2))
     assert [found[name] for name in ("avg@2", "a_avg@2", "b_avg@2")] == pytest.approx([0.5, 1, 0.25])
     assert [found[name] for name in ("pass@2", "a_pass@2", "b_pass@2")] == pytest.approx([2 / 3, 1, 0.5])
