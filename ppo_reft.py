@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11,<2.14", "triton>=3.6; platform_system == 'Linux'", "numpy", "safetensors", "tiktoken", "regex",
+#                 "tqdm", "matplotlib", "pytest", "pytest-xdist", "filelock", "pydantic-monty>=1.4", "rapidfuzz",
+#                 "huggingface_hub", "jinja2"]
+# ///
 """ReFT: Reasoning with Reinforced Fine-Tuning
 Trung Quoc Luong, Xinbo Zhang, Zhanming Jie, Peng Sun, Xiaoran Jin, Hang Li; ACL 2024, arXiv 2401.08967v1.
 
@@ -63,7 +69,7 @@ from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_c
 class Args:
     # run
     method: Literal["reft", "sft", "offline-st", "online-st"] = "reft"    # the paper's own; its baselines (st: self-training)
-    model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
+    model: str = ""                  # folder of a pretrained checkpoint, or its hub id; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; empty: the built-in problems
     eval_data: str = ""              # test set in the same form; needed with --train-data
     problems: Literal["numeric", "choice"] = "numeric"    # built-in ones; choice: five options, with --max-new-tokens 64
@@ -778,12 +784,30 @@ def initial_policy(args):
     """The policy before any training, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
     torch.manual_seed(args.seed)
     if args.model:
-        policy, tokenizer = load_checkpoint(args.model)
+        policy, tokenizer = load_checkpoint(find_model(args.model))
     else:
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     return policy.to(args.device), tokenizer
+
+
+@functools.cache
+def find_model(name):
+    """The folder of a checkpoint: name itself where it is one, else as a hub id (Qwen/Qwen2.5-0.5B, gpt2, ID@REVISION) from
+    huggingface_hub's cache, to which it downloads what is missing. InputError where there is neither."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
+        return name                                                  # load_checkpoint says what is wrong with it
+    repository, _, revision = name.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(repository, revision=revision or None, allow_patterns=[
+            "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+            "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+    except ImportError:
+        raise InputError(f"--model {name}: no such folder; a hub id needs huggingface_hub (pip install huggingface_hub)") from None
+    except (OSError, ValueError) as error:                           # not on the hub, no access, not reached and not cached
+        raise InputError(f"--model {name}: no such folder, nor to be had from the hub: {' '.join(str(error).split())}") from None
 
 
 # ==== numbers =================================================================================================================
@@ -1028,13 +1052,14 @@ def run_info(args):
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
             "threads": torch.get_num_threads(), "commit": commit,
             "clean": bool(commit) and not shell("git status --porcelain").stdout,
-            "inputs": {name: fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
+            "inputs": {name: fingerprint(find_model(path) if name == "model" else path)
+                       for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
 
 
 def fingerprint(path):
     """A hash of a file, or of a checkpoint folder's files."""
     path, digest = Path(path), hashlib.sha256()
-    for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors")) if path.is_dir() else [path]:
+    for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".jinja", ".safetensors")) if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
