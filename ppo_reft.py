@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11,<2.14", "triton>=3.6; platform_system == 'Linux'", "numpy", "safetensors", "tiktoken", "regex",
 #                 "tqdm", "matplotlib", "pytest", "pytest-xdist", "filelock", "pydantic-monty>=1.4", "rapidfuzz",
-#                 "huggingface_hub", "jinja2"]
+#                 "huggingface_hub", "jinja2>=3.1.6"]
 # ///
 """ReFT: Reasoning with Reinforced Fine-Tuning
 Trung Quoc Luong, Xinbo Zhang, Zhanming Jie, Peng Sun, Xiaoran Jin, Hang Li; ACL 2024, arXiv 2401.08967v1.
@@ -74,6 +74,8 @@ class Args:
     eval_data: str = ""              # test set in the same form; needed with --train-data
     problems: Literal["numeric", "choice"] = "numeric"    # built-in ones; choice: five options, with --max-new-tokens 64
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), run in a sandbox
+    prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
+    system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
@@ -530,7 +532,7 @@ def encode_problem(problem, tokenizer, args):
     program = args.cot == "program"
     header = program_header(problem["question"]) if program else ""
     response = problem["cot"] if program else f"{problem['cot']}{ANSWER}{problem['answer']}"
-    return problem | {"prompt": tokenizer.encode_prompt(PROMPT.format(question=problem["question"]) + header), "header": header,
+    return problem | {"prompt": encode_prompt(problem["question"], PROMPT, tokenizer, args, header), "header": header,
                       "response": tokenizer.encode(response) + [tokenizer.eos_id]}
 
 
@@ -765,9 +767,26 @@ def prepare(args):
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
             "responses as long will be cut off")
-    print_ids("first prompt", train[0]["prompt"], tokenizer)
+    bos, first = tokenizer.bos_ids, train[0]["prompt"]
+    begins = f"begins with the BOS {tokenizer.decode(bos)}" if bos and first[:len(bos)] == bos else "no BOS"
+    print_ids(f"first prompt ({begins})", first, tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
     return policy, tokenizer, train, dev, test
+
+
+def chat(question, args):
+    """The messages that ask a question: the system's, if one is given, and the user's."""
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def encode_prompt(question, paper, tokenizer, args, header=""):
+    """Ids of what a response goes on from: the paper's text or that of --prompt, with {question} in it, after the BOS that the
+    checkpoint may begin with; or its chat template. header: how the response begins."""
+    if args.prompt == "chat":
+        return tokenizer.encode_chat(chat(question, args), header)
+    text = paper if args.prompt == "paper" else args.prompt.replace("\\n", "\n")
+    return tokenizer.encode_prompt(text.replace("{question}", question) + header)
 
 
 def fits(problems, policy, args):
@@ -1273,6 +1292,11 @@ def check_args(args):
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+                 "--prompt needs `paper`, `chat` or a text with {question} in it":
+                     args.prompt not in ("paper", "chat") and "{question}" not in args.prompt,
+                 "--prompt needs --train-data: the built-in problems have a small vocabulary of their own":
+                     args.prompt != "paper" and not args.train_data,
+                 "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,

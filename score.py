@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11,<2.14", "triton>=3.6; platform_system == 'Linux'", "numpy", "safetensors", "tiktoken", "regex",
 #                 "tqdm", "matplotlib", "pytest", "pytest-xdist", "filelock", "pydantic-monty>=1.4", "rapidfuzz",
-#                 "huggingface_hub", "jinja2"]
+#                 "huggingface_hub", "jinja2>=3.1.6"]
 # ///
 """SCoRe: Training Language Models to Self-Correct via Reinforcement Learning
 Aviral Kumar, Vincent Zhuang, Rishabh Agarwal, Yi Su and others; ICLR 2025, arXiv 2409.12917v2.
@@ -84,6 +84,8 @@ class Args:
     train_data: str = ""             # GSM8K's JSON lines or ReFT's JSON list; code: MBPP's; empty: the built-in problems
     eval_data: str = ""              # test set in the same form, code: or in HumanEval's; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), from files only
+    prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
+    system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
@@ -177,13 +179,18 @@ def two_turns(policy, problems, tokenizer, args, temperature=1.0):
     right. A problem may bring the "first" attempt, written by another model; it is taken instead of a new one."""
     written = iter(one_turn(policy, [p for p in problems if "first" not in p], tokenizer, args, temperature))
     first = [p["first"] if "first" in p else next(written) for p in problems]
-    corrected = [p | {"prompt": p["prompt"] + y1["ids"] + p["again"]} for p, y1 in zip(problems, first)]
+    corrected = [p | {"prompt": p["prompt"] + y1["ids"] + between(p, y1)} for p, y1 in zip(problems, first)]
     return first, one_turn(policy, corrected, tokenizer, args, temperature)
+
+
+def between(problem, y1):
+    """What stands between the two attempts: p1, after the end of a turn that y1 had no room for."""
+    return ([] if y1["ended"] else problem["close"]) + problem["again"]
 
 
 def turn_rows(policy, problems, first, second):
     """Episodes as rows [x1 | y1 | p1 | y2 | pad]: tokens (B, T), turn1_mask and turn2_mask (B, T-1), the tokens of y1 and of y2."""
-    parts = [(p["prompt"], y1["ids"], p["again"], y2["ids"]) for p, y1, y2 in zip(problems, first, second)]
+    parts = [(p["prompt"], y1["ids"], between(p, y1), y2["ids"]) for p, y1, y2 in zip(problems, first, second)]
     marked = lambda row, turn: [i == turn for i, part in enumerate(row) for _ in part]
     turn1, turn2 = [pack([(sum(row, []), marked(row, turn)) for row in parts], policy) for turn in (1, 3)]
     return turn1["tokens"], turn1["response_mask"], turn2["response_mask"]
@@ -383,7 +390,7 @@ def trace_rows(traces, rng, args):
         if "pair" in args.method and right[problem["question"]]:
             y2 = rng.choice(right[problem["question"]])
         if y2["outcome"] == 1 and (y1["outcome"] == 0 or "plus" in args.method):
-            rows.append(sft_row({"prompt": problem["prompt"] + y1["ids"] + problem["again"], "response": y2["ids"]}))
+            rows.append(sft_row({"prompt": problem["prompt"] + y1["ids"] + between(problem, y1), "response": y2["ids"]}))
     return rows
 
 
@@ -656,16 +663,22 @@ def parse_record(raw, args):
 
 def encode_problem(problem, tokenizer, args):
     """Adds the ids of "prompt", x1; of "again", p1; of "response", the demonstration with its end token; "header": a program's
-    first lines, with which both prompts end; "room": how many tokens an episode may add to the prompt."""
+    first lines, with which both prompts end; "close": what ends a first attempt that ran out of room; "room": how many tokens an
+    episode may add to the prompt. In a chat p1 is the user's second message, without the line that the response goes on from."""
     before, again, refine = turns(args)
     again = refine if args.method == "self-refine" else again
     program = args.cot == "program"
-    header = program_header(problem["question"]) if program else ""
-    prompt = (CODE_PROMPT if args.task == "code" else PROMPT).format(question=problem["question"])
+    header, question = program_header(problem["question"]) if program else "", problem["question"]
     response = problem["cot"] if program or args.task == "code" else f"{problem['cot']}{ANSWER}{problem['answer']}"
-    again = tokenizer.encode(again + header)
-    return problem | {"prompt": tokenizer.encode_prompt(before + prompt + header), "again": again, "header": header,
-                      "response": tokenizer.encode(response) + [tokenizer.eos_id], "room": len(again) + 2 * args.max_new_tokens}
+    if args.prompt == "chat":
+        question, request = before + question, again.strip().rpartition("\n")[0]
+        talk = [*chat(question, args), {"role": "assistant", "content": None}, {"role": "user", "content": request}]
+        again, close, paper = tokenizer.encode_chat(talk, header), [tokenizer.eos_id], ""
+    else:
+        again, close, paper = tokenizer.encode(again + header), [], before + (CODE_PROMPT if args.task == "code" else PROMPT)
+    return problem | {"prompt": encode_prompt(question, paper, tokenizer, args, header), "again": again, "header": header,
+                      "response": tokenizer.encode(response) + [tokenizer.eos_id], "close": close,
+                      "room": len(close + again) + 2 * args.max_new_tokens}
 
 
 def read_answers(texts, problems, args):
@@ -974,9 +987,26 @@ def prepare(args):
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
             "responses as long will be cut off")
-    print_ids("first prompt", train[0]["prompt"], tokenizer)
+    bos, first = tokenizer.bos_ids, train[0]["prompt"]
+    begins = f"begins with the BOS {tokenizer.decode(bos)}" if bos and first[:len(bos)] == bos else "no BOS"
+    print_ids(f"first prompt ({begins})", first, tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
     return policy, tokenizer, train, dev, test
+
+
+def chat(question, args):
+    """The messages that ask a question: the system's, if one is given, and the user's."""
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def encode_prompt(question, paper, tokenizer, args, header=""):
+    """Ids of what a response goes on from: the paper's text or that of --prompt, with {question} in it, after the BOS that the
+    checkpoint may begin with; or its chat template. header: how the response begins."""
+    if args.prompt == "chat":
+        return tokenizer.encode_chat(chat(question, args), header)
+    text = paper if args.prompt == "paper" else args.prompt.replace("\\n", "\n")
+    return tokenizer.encode_prompt(text.replace("{question}", question) + header)
 
 
 def fits(problems, policy, args):
@@ -1482,6 +1512,11 @@ def check_args(args):
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+                 "--prompt needs `paper`, `chat` or a text with {question} in it":
+                     args.prompt not in ("paper", "chat") and "{question}" not in args.prompt,
+                 "--prompt needs --train-data: the built-in problems have a small vocabulary of their own":
+                     args.prompt != "paper" and not args.train_data,
+                 "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
