@@ -852,7 +852,7 @@ class Tokenizer:
         return environment.from_string(self._chat_template)
 
     def _encode(self, text, special=False, hidden={}):
-        """hidden: {what stands in for a token that is plain text in its place: the token}; encoded by itself, as in transformers."""
+        """hidden: {what stands in for a token that is plain text in its place: the token}; encoded apart, as in transformers."""
         ids, cut = [], (lambda text: re.split(f"([{''.join(hidden)}])", text)) if hidden else lambda text: [text]
         for i, given in enumerate(_cut_out(text, self._finders[0], special)):
             parts = _cut_out(self._normalize(given), self._finders[1], special) if isinstance(given, str) else [given]

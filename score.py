@@ -42,6 +42,7 @@ import copy
 import datetime
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -130,6 +131,7 @@ class Args:
     eval_every: int = 10             # iterations between greedy evaluations on the dev split; t1 + t2 (single-turn: t1) chooses
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
+    tensorboard: bool = False        # write the log as TensorBoard's events, too, into the run folder's events/
 
     def __post_init__(self):
         self.iterations = 0 if self.method in ("base", "self-refine") else self.iterations
@@ -1388,10 +1390,31 @@ def located(where, args):
 
 def write_log(record, state, args):
     """Appends one line to log.jsonl; a number that is not finite (the explained variance of equal returns) becomes null."""
+    if args.tensorboard:
+        write_events(record, args)
     plain = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
     with open(Path(args.out) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(plain) + "\n")
     state["log_lines"] += 1
+
+
+def write_events(record, args):
+    """The numbers of a log line as TensorBoard's events in the folder events/, those of the test set under their own heading."""
+    writer, iteration = event_writer(Path(args.out)), record["event"] == "iteration"
+    step = record["iteration"] if iteration else 0 if record["event"] == "warmup" else args.iterations
+    for name, value in record.items():
+        for place, number in enumerate(value) if isinstance(value, list) else [("", value)]:
+            if isinstance(number, (int, float)):
+                writer.add_scalar("/".join(filter(None, ("" if iteration else "test", name, str(place)))), number, step)
+    writer.flush()
+
+
+@functools.cache
+def event_writer(out):
+    """What a stopped process wrote of iterations that the log no longer has is put aside."""
+    from torch.utils.tensorboard import SummaryWriter
+    logged = sum(json.loads(line)["event"] == "iteration" for line in open(out / "log.jsonl", encoding="utf-8"))
+    return SummaryWriter(out / "events", purge_step=logged + 1 if logged else 0)
 
 
 SHOWN = {"accuracy": "acc", "t1": "t1", "t2": "t2", "outcome": "reward", "kl": "kl", "response_length": "len", "loss": "loss",
@@ -1511,6 +1534,8 @@ def check_args(args):
     conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the number of heads":
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
+                 "--tensorboard: the package is not installed (pip install tensorboard)":
+                     args.tensorboard and not importlib.util.find_spec("tensorboard"),
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
                  "--prompt needs `paper`, `chat` or a text with {question} in it":
                      args.prompt not in ("paper", "chat") and "{question}" not in args.prompt,

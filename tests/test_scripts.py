@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -527,3 +529,33 @@ def test_builtin_problems_are_fixed_right_and_the_splits_apart():
         for line in problem["cot"].splitlines():
             left, right = line.split(" = ")
             assert eval(left) == int(right)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tensorboard_gets_the_numbers_of_the_log(script, monkeypatch, tmp_path):
+    """Of each line, a list's by place; a resumed run puts aside what followed the log's last line. Without the package: one line."""
+    module, events, written = importlib.import_module(script), types.ModuleType("torch.utils.tensorboard"), []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((Path(folder).name, purge_step))
+            self.add_scalar, self.flush = lambda *point: written.append(point), lambda: None
+
+    monkeypatch.setattr(events, "SummaryWriter", SummaryWriter, raising=False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", events)
+    args, state = module.Args(out=str(tmp_path), tensorboard=True, iterations=3), {"log_lines": 0}
+    (tmp_path / "log.jsonl").write_text("")
+    for record in ({"event": "warmup", "accuracy": 0.5}, {"event": "iteration", "iteration": 1, "kl": 0.25, "clip_frac": [0.0, 0.125], "sample": "a"},
+                   {"event": "end", "accuracy": 0.75}):
+        module.write_log(record, state, args)
+    points = [("test/accuracy", 0.5, 0), ("iteration", 1, 1), ("kl", 0.25, 1), ("clip_frac/0", 0.0, 1), ("clip_frac/1", 0.125, 1), ("test/accuracy", 0.75, 3)]
+    assert written == [("events", 0), *points]
+    module.event_writer.cache_clear(), written.clear()
+    module.write_log({"event": "iteration", "iteration": 2, "kl": 0.5}, state, args)
+    assert written == [("events", 2), ("iteration", 2, 2), ("kl", 0.5, 2)]
+    module.event_writer.cache_clear(), written.clear()
+    module.write_log({"event": "iteration", "iteration": 3}, state, dataclasses.replace(args, tensorboard=False))
+    assert not written
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(module.InputError, match="--tensorboard.*pip install tensorboard"):
+        module.parse_args(["--tensorboard"])
