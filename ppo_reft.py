@@ -68,6 +68,7 @@ from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_c
 
 @dataclass
 class Args:
+    # a pair of defaults: for the built-in problems, and the paper's with --train-data
     # run
     method: Literal["reft", "sft", "offline-st", "online-st"] = "reft"    # the paper's own; its baselines (st: self-training)
     model: str = ""                  # folder of a pretrained checkpoint, or its hub id; empty: a small GPT from nothing
@@ -85,26 +86,26 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 4000           # built-in training problems, of 1 to --operations-high operations
+    train_size: int = (4000, 0)      # problems to train on, of 1 to --operations-high operations; of a file so many rows, 0: all
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps as the paper's
-    warmup_epochs: int = 8           # passes over the training demonstrations; paper: 2 (7B), 10 (125M); 0: none (needs --model)
-    warmup_batch_size: int = 16      # demonstrations an optimiser step; paper: 48
-    warmup_lr: float = 2e-3          # peak; paper 1e-5 for a pretrained 7B model
+    warmup_epochs: int = (8, 2)      # passes over the demonstrations; paper: 2 (7B), 10 (125M); 0: none (needs --model)
+    warmup_batch_size: int = (16, 48)  # demonstrations an optimiser step; paper: 48
+    warmup_lr: float = (2e-3, 1e-5)  # peak; paper: 1e-5 (7B)
     # reinforcement learning
-    iterations: int = 40             # rollouts, each with its updates; paper: 300 epochs of the training questions
-    batch_size: int = 256            # questions an iteration; paper: 32 (7B), 256 (125M)
-    minibatch_size: int = 256        # rows an optimiser step; paper: the whole batch
-    micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
+    iterations: int = (40, 2000)     # rollouts, each with its updates; paper: 300 epochs, 70,000 for GSM8K
+    batch_size: int = (256, 32)      # questions an iteration; paper: 32 (7B), 256 (125M)
+    minibatch_size: int = (256, 32)  # rows an optimiser step; paper: the whole batch
+    micro_batch_size: int = (64, 8)  # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 2              # passes over a rollout; "the number of updates per RL step is set to 2"
-    max_new_tokens: int = 56         # longest response; paper: prompt and response 700 together
-    lr: float = 5e-4                 # constant; paper: 3e-7 (7B), 3e-6 (125M)
+    max_new_tokens: int = (56, 400)  # longest response; paper: prompt and response 700 together, 300 the prompt
+    lr: float = (5e-4, 3e-7)         # constant; paper: 3e-7 (7B), 3e-6 (125M)
     gamma: float = 1.0               # authors' code: 1.0
     lam: float = 0.95                # authors' code: 0.95
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
-    vf_coef: float = 1.0             # a; paper: 5 (times the 1/2 of F8), which leaves the policy a fifth of a clipped gradient
+    vf_coef: float = (1.0, 5.0)      # a; paper: 5 (times the 1/2 of F8), of which the policy gets a fifth of a clipped gradient
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: Literal["k1", "exact"] = "k1"    # sampled log-ratio in the reward (authors' code); exact: its conditional mean
     value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (paper); one of its own
@@ -112,21 +113,22 @@ class Args:
     partial_reward: float = 0.1      # reward of a wrong number where the right answer is a number; paper: 0.1
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
     # self-training and reranking
-    samples: int = 4                 # of the warm-up model per training question, T = 1; paper: 100
+    samples: int = (4, 100)          # of the warm-up model per training question, T = 1
     keep: int = 10                   # at most so many right ones, all different, join the demonstrations; paper: 10
     rerank_epochs: int = 3           # of the reranker over those samples, labelled right or wrong; paper: 3
-    rerank_lr: float = 5e-4          # falls linearly; paper: 1e-6 (7B)
+    rerank_lr: float = (5e-4, 1e-6)  # falls linearly; paper: 1e-6 (7B)
     # reports
     vote_k: int = 0                  # also vote among so many samples per test problem; paper: 100
     rerank: bool = False             # also train the reranker, and let it choose among the same samples
     strict: bool = False             # read answers as the authors do: a bare float() of all that follows "the answer is:"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 5              # iterations between greedy evaluations on the dev split, which choose the checkpoint
+    eval_every: int = (5, 50)        # iterations between greedy evaluations on the dev split, which choose the checkpoint
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
     tensorboard: bool = False        # write the log as TensorBoard's events, too, into the run folder's events/
 
     def __post_init__(self):
+        settle(self)
         if self.rerank and not self.vote_k:
             raise InputError("--rerank chooses among the samples of --vote-k")
         if self.cot == "program":
@@ -751,6 +753,7 @@ def load_problems(args):
     named = {"train", "dev"} <= {p.get("split") for p in records}
     split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
+    train = random.Random(0).sample(train, args.train_size) if 0 < args.train_size < len(train) else train
     test = [p for p in test if p.get("split") == "test"] or test
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
@@ -1285,6 +1288,13 @@ def fail(message, status=2):
     sys.exit(status)
 
 
+def settle(args):
+    """Of each flag whose default is a pair takes the one that counts."""
+    for f in fields(args):
+        if isinstance(value := getattr(args, f.name), tuple):
+            setattr(args, f.name, value[bool(args.train_data)])
+
+
 def parse_args(argv=None):
     """Args from the command line, a flag for each with the comment behind it as its help; checked."""
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
@@ -1294,7 +1304,8 @@ def parse_args(argv=None):
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
-        text = texts[f.name].replace("%", "%%") + ("" if f.default == "" else f" (default: {f.default})")
+        default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
+        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -1307,7 +1318,7 @@ def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
     for f in fields(Args):
         value = getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        least = 0 if f.type is float or f.name in ("seed", "train_size", "warmup_epochs", "iterations", "vote_k") else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     nothing = not args.model
@@ -1324,6 +1335,8 @@ def check_args(args):
                  "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--train-size 0 needs --train-data: there are as many built-in problems as you like":
+                     not args.train_size and not args.train_data,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}

@@ -74,6 +74,7 @@ from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_c
 
 @dataclass
 class Args:
+    # a pair of defaults: for the built-in problems, and the paper's with --train-data
     # run
     method: Literal["prl", "frpo", "grpo", "grpo-kl-loss", "grpo-kl-reward", "raft", "prm", "base"] = "prl"    # see above
     model: str = ""                  # folder of a pretrained checkpoint, or its hub id; empty: a small GPT from nothing
@@ -89,41 +90,42 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
+    train_size: int = (16000, 0)     # problems to train on, of 1 to --operations-high operations; of a file so many rows, 0: all
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most; also of a training problem
     operations_hard: int = 8         # most of a hard test problem, which has more than any question of the RL
     # warm-up, which the paper has none of, on a linear schedule with 10 % warm-up steps as ReFT's
-    warmup_epochs: int = 3           # passes over the demonstrations, an eighth more of hard ones; 0: none (needs --model)
-    warmup_batch_size: int = 16      # demonstrations an optimiser step; ReFT: 48
-    warmup_lr: float = 2e-3          # peak; ReFT: 1e-5 for a pretrained 7B model
+    warmup_epochs: int = (3, 0)      # passes over the demonstrations, an eighth more of hard ones; 0: none (needs --model)
+    warmup_batch_size: int = (16, 48)  # demonstrations an optimiser step; ReFT: 48
+    warmup_lr: float = (2e-3, 1e-5)  # peak; ReFT: 1e-5 for a pretrained 7B model
     # reinforcement learning
-    iterations: int = 40             # rollouts, each with its update; authors' code: at least 500
-    batch_size: int = 32             # questions an iteration; authors' code: 128
-    group_size: int = 8              # G, responses to each of them; authors' code: 5
-    minibatch_size: int = 256        # rows an optimiser step; authors' code: the whole batch (version 2: a quarter)
-    micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
+    iterations: int = (40, 500)      # rollouts, each with its update; authors' code: at least 500
+    batch_size: int = (32, 128)      # questions an iteration; authors' code: 128
+    group_size: int = (8, 5)         # G, responses to each of them; authors' code: 5
+    minibatch_size: int = (256, 640)  # rows an optimiser step; authors' code: the whole batch (version 2: a quarter)
+    micro_batch_size: int = (64, 8)  # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 1              # passes over a rollout; authors' code: 1, so the ratio is 1 and nothing is clipped
-    max_new_tokens: int = 60         # longest response; authors' code: 3072
-    lr: float = 3e-4                 # constant; authors' code: 1e-6 for pretrained 1B to 7B models
-    eta: float = 10.0                # 1 / eta weighs the KL; authors' code: 1 to 200, for far longer responses
+    max_new_tokens: int = (60, 3072)  # longest response; authors' code: 3072
+    lr: float = (3e-4, 1e-6)         # constant; authors' code: 1e-6 for pretrained 1B to 7B models
+    eta: float = (10.0, 100.0)       # 1 / eta weighs the KL; authors' code: 1, 100 (7B), 200 (3B)
     steps: Literal["newline", "length", "token"] = "newline"    # what ends a step: a line break, --step-len tokens, each token
-    step_len: int = 4                # tokens; paper: 16 to 256, of responses 30 times as long
+    step_len: int = (4, 256)         # tokens; paper: 16 to 256
     anchor: Literal["start", "end"] = "start"    # of the step, where S is taken: start (exact gradient), end (authors' code)
     agg: Literal["token", "const"] = "token"    # loss: mean over the optimiser step's tokens; sum / (rows * max_new_tokens)
     clip_eps: float = 0.2            # ratio clip; authors' code: 0.2
     dual_clip: float = 3.0           # c; authors' code: 3.0
-    kl_coef: float = 0.1             # of F9, --method grpo-kl-loss; version 2: 0.01
+    kl_coef: float = (0.1, 0.01)     # of F9, --method grpo-kl-loss; version 2: 0.01
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
     # reports
     samples: int = 8                 # n of avg@n and pass@k, drawn per test problem, T = 1; authors' code: 8
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 5              # iterations between evaluations by a sample per dev problem, which choose the checkpoint
+    eval_every: int = (5, 50)        # iterations between evaluations by a sample per dev problem, which choose the checkpoint
     eval_size: int = 300             # at most so many dev, test and hard test problems
     save_every: int = 10             # iterations between saved states
     tensorboard: bool = False        # write the log as TensorBoard's events, too, into the run folder's events/
 
     def __post_init__(self):
+        settle(self)
         self.steps = "token" if self.method in ("frpo", "prm") else self.steps
         self.iterations = 0 if self.method == "base" else self.iterations
         if not self.eta:
@@ -553,6 +555,7 @@ def load_problems(args):
     named = {"train", "dev"} <= {p.get("split") for p in records}
     split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
+    train = random.Random(0).sample(train, args.train_size) if 0 < args.train_size < len(train) else train
     test = [p for p in test if p.get("split") == "test"] or test
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
@@ -1087,6 +1090,13 @@ def fail(message, status=2):
     sys.exit(status)
 
 
+def settle(args):
+    """Of each flag whose default is a pair takes the one that counts."""
+    for f in fields(args):
+        if isinstance(value := getattr(args, f.name), tuple):
+            setattr(args, f.name, value[bool(args.train_data)])
+
+
 def parse_args(argv=None):
     """Args from the command line, a flag for each with the comment behind it as its help; checked."""
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
@@ -1096,7 +1106,8 @@ def parse_args(argv=None):
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
-        text = texts[f.name].replace("%", "%%") + ("" if f.default == "" else f" (default: {f.default})")
+        default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
+        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -1109,7 +1120,7 @@ def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
     for f in fields(Args):
         value = getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        least = 0 if f.type is float or f.name in ("seed", "train_size", "warmup_epochs", "iterations", "vote_k") else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     nothing = not args.model
@@ -1126,6 +1137,8 @@ def check_args(args):
                  "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--train-size 0 needs --train-data: there are as many built-in problems as you like":
+                     not args.train_size and not args.train_data,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}

@@ -76,6 +76,7 @@ from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_c
 
 @dataclass
 class Args:
+    # a pair of defaults: for the built-in problems, and the paper's with --train-data
     # run
     method: Literal["r3", "staged", "rl", "sft"] = "r3"    # all starts mixed; baselines: in turn, the question alone, supervised
     model: str = ""                  # folder of a pretrained checkpoint, or its hub id; empty: a small GPT from nothing
@@ -92,30 +93,30 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 24000          # built-in training problems, of 1 to --operations-high operations
+    train_size: int = (24000, 0)     # problems to train on, of 1 to --operations-high operations; of a file so many rows, 0: all
     operations_low: int = 10         # fewest operations of a built-in dev or test problem, and of one that rollouts start from
     operations_high: int = 12        # most
     # warm-up, on a linear schedule with 10 % warm-up steps as ReFT's (authors' code: cosine)
-    warmup_epochs: int = 3           # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
-    warmup_batch_size: int = 16      # demonstrations an optimiser step; authors' code: 256
-    warmup_lr: float = 3e-3          # peak; authors' code: 2e-5 for a pretrained 7B model
+    warmup_epochs: int = (3, 2)      # passes over the training demonstrations; authors' code: 2; 0: none (needs --model)
+    warmup_batch_size: int = (16, 256)  # demonstrations an optimiser step; authors' code: 256
+    warmup_lr: float = (3e-3, 2e-5)  # peak; authors' code: 2e-5 for a pretrained 7B model
     # start states
     stages: int = 5                  # M, start states per demonstration; paper: 5 or 6
     split: Literal["lines", "uniform", "auto"] = "auto"    # cut at lines; into M equal parts; at lines if there are two
     stage_weights: str = ""          # how often r3's mixture holds k = 0, 1, ...: "2,1,1,1,0"; empty: each once, as authors' data
     # reinforcement learning
-    iterations: int = 80             # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
-    batch_size: int = 256            # start states an iteration; authors' code: 32
-    minibatch_size: int = 256        # rows an optimiser step; authors' code: the whole batch
-    micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
+    iterations: int = (80, 2000)     # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
+    batch_size: int = (256, 32)      # start states an iteration; authors' code: 32
+    minibatch_size: int = (256, 32)  # rows an optimiser step; authors' code: the whole batch
+    micro_batch_size: int = (64, 8)  # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 2              # passes over a rollout; authors' code: 2
-    max_new_tokens: int = 80         # longest response (88 for programs); authors' code: prompt and response 700 together
-    lr: float = 5e-4                 # constant; authors' code: 3e-7 (7B)
+    max_new_tokens: int = (80, 400)  # longest response (88 for programs); authors' code: 700 with the prompt
+    lr: float = (5e-4, 3e-7)         # constant; authors' code: 3e-7 (7B)
     gamma: float = 1.0               # authors' code: 1.0
-    lam: float = 1.0                 # authors' code: 0.95, which hardly reaches the first lines before the values are learned
+    lam: float = (1.0, 0.95)         # authors' code: 0.95, which hardly reaches the first lines before values are learned
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
-    vf_coef: float = 0.2             # a; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
+    vf_coef: float = (0.2, 5.0)      # a; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: Literal["k1", "exact"] = "k1"    # sampled log-ratio in the reward (authors' code); exact: its conditional mean
     value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (paper); one of its own
@@ -125,12 +126,13 @@ class Args:
     # reports
     strict: bool = False             # read answers as the authors do: a bare float() of all that follows "####"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 10             # iterations between greedy evaluations on the dev split, which choose the checkpoint
+    eval_every: int = (10, 50)       # iterations between greedy evaluations on the dev split, which choose the checkpoint
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
     tensorboard: bool = False        # write the log as TensorBoard's events, too, into the run folder's events/
 
     def __post_init__(self):
+        settle(self)
         weights = self.stage_weights.split(",")
         if self.stage_weights and not (len(weights) == self.stages and re.search("[1-9]", self.stage_weights)
                                        and all(re.fullmatch(r"\d{1,3}", weight) for weight in weights)):
@@ -684,6 +686,7 @@ def load_problems(args):
     named = {"train", "dev"} <= {p.get("split") for p in records}
     split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
+    train = random.Random(0).sample(train, args.train_size) if 0 < args.train_size < len(train) else train
     test = [p for p in test if p.get("split") == "test"] or test
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
@@ -1218,6 +1221,13 @@ def fail(message, status=2):
     sys.exit(status)
 
 
+def settle(args):
+    """Of each flag whose default is a pair takes the one that counts."""
+    for f in fields(args):
+        if isinstance(value := getattr(args, f.name), tuple):
+            setattr(args, f.name, value[bool(args.train_data)])
+
+
 def parse_args(argv=None):
     """Args from the command line, a flag for each with the comment behind it as its help; checked."""
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
@@ -1227,7 +1237,8 @@ def parse_args(argv=None):
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
-        text = texts[f.name].replace("%", "%%") + ("" if f.default == "" else f" (default: {f.default})")
+        default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
+        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -1240,7 +1251,7 @@ def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
     for f in fields(Args):
         value = getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        least = 0 if f.type is float or f.name in ("seed", "train_size", "warmup_epochs", "iterations", "vote_k") else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     nothing = not args.model
@@ -1257,6 +1268,8 @@ def check_args(args):
                  "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--train-size 0 needs --train-data: there are as many built-in problems as you like":
+                     not args.train_size and not args.train_data,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}

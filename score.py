@@ -31,9 +31,9 @@ paper, its loop (main), its baselines, and last what all four scripts have in co
 
     python score.py                                               built-in problems, a small GPT from nothing, a few CPU minutes
     python score.py --method star --model runs/score-score-s0/warmup --warmup-epochs 0        a baseline, from the same warm-up
-    python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl --warmup-epochs 0 --lr 5e-6
+    python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl
         --max-new-tokens 400                                      a pretrained checkpoint on GSM8K's files or ReFT's
-    python score.py --task code --model FOLDER --train-data mbpp.jsonl --eval-data HumanEval.jsonl --warmup-epochs 0 --lr 1e-5
+    python score.py --task code --model FOLDER --train-data mbpp.jsonl --eval-data HumanEval.jsonl --lr 1e-5 --beta2 0.25
         --max-new-tokens 300                                      programs instead of answers
 """
 import argparse
@@ -78,6 +78,7 @@ METHODS = Literal["score", "multi-turn", "single-turn", "no-stage1", "no-shaping
 
 @dataclass
 class Args:
+    # a pair of defaults: for the built-in problems, and the paper's with --train-data
     # run
     method: METHODS = "score"        # the paper's own; five ablations; base, self-refine: untrained; the last four: supervised
     task: Literal["math", "code"] = "math"    # an answer; a program that passes tests, from files only
@@ -95,26 +96,26 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 16000          # built-in training problems, of 1 to --operations-high operations
+    train_size: int = (16000, 0)     # problems to train on, of 1 to --operations-high operations; of a file so many rows, 0: all
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
     # warm-up, on a linear schedule with 10 % warm-up steps
-    warmup_epochs: int = 3           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
+    warmup_epochs: int = (3, 0)      # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
     warmup_batch_size: int = 16      # demonstrations an optimiser step
-    warmup_lr: float = 2e-3          # peak; 1e-5 for a pretrained model
+    warmup_lr: float = (2e-3, 1e-5)  # peak; 1e-5 for a pretrained model
     slips: float = 0.5               # share of built-in demonstrations with a wrong step: with none, y2 would copy y1
     # reinforcement learning
-    iterations: int = 60             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
+    iterations: int = (60, 3000)     # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
     stage1: float = 0.67             # share of the iterations that are stage I; not disclosed
-    batch_size: int = 64             # questions an iteration
-    group_size: int = 4              # K, episodes of each; not disclosed. 64 * 4 = 256; paper: 512 (MATH), 128 (MBPP)
-    minibatch_size: int = 256        # rows an optimiser step, at least the whole rollout: it is used once, so there is no ratio
-    micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
-    max_new_tokens: int = 56         # longest attempt, in each turn; not disclosed
-    lr: float = 1e-4                 # constant; supervised baselines: peak; paper: 5e-6 (MATH), 1e-5 (MBPP)
+    batch_size: int = (64, 128)      # questions an iteration
+    group_size: int = 4              # K, episodes of each; not disclosed; together: paper 512 (MATH), 128 (MBPP)
+    minibatch_size: int = (256, 512)  # rows an optimiser step, at least the whole rollout: used once, so there is no ratio
+    micro_batch_size: int = (64, 8)  # rows a forward pass: changes memory and speed, never the result
+    max_new_tokens: int = (56, 400)  # longest attempt, in each turn; not disclosed
+    lr: float = (1e-4, 5e-6)         # constant; supervised baselines: peak; paper: 5e-6 (MATH), 1e-5 (MBPP)
     alpha: float = 10.0              # of the bonus; paper: 10
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
-    beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
+    beta2: float = (0.5, 0.1)        # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP)
     gamma: float = 0.0               # share of R2 that y1 gets in stage II; paper: 0 (0.8 with alpha 1 collapsed)
     turn2_weight: float = 1.0        # factor on y2's advantages in stage II; with no-shaping, 11 is like alpha = 10 on average
     kl_mode: Literal["loss", "reward"] = "loss"    # exact KL in the loss; sampled log-ratio in the reward; not disclosed
@@ -128,12 +129,13 @@ class Args:
     vote_k: int = 0                  # vote among 2, 4, 8 .. 2 * so many first attempts, or half as many corrections; paper: 16
     strict: bool = False             # read answers as ReFT's authors do: a bare float() of all that follows "the answer is:"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 10             # iterations between greedy evaluations on the dev split; t1 + t2 (single-turn: t1) chooses
+    eval_every: int = (10, 50)       # iterations between greedy evaluations on the dev split; t1 + t2 (single-turn: t1) chooses
     eval_size: int = 1000            # at most so many dev and so many test problems
     save_every: int = 10             # iterations between saved states
     tensorboard: bool = False        # write the log as TensorBoard's events, too, into the run folder's events/
 
     def __post_init__(self):
+        settle(self)
         self.iterations = 0 if self.method in ("base", "self-refine") else self.iterations
         rows, programs = self.batch_size * self.group_size, (self.task == "code") + (self.cot == "program")
         conflicts = {f"--{name.replace('_', '-')} {getattr(self, name)}: is a share, at most 1": getattr(self, name) > 1
@@ -971,6 +973,7 @@ def load_problems(args):
     named = {"train", "dev"} <= {p.get("split") for p in records}
     split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
+    train = random.Random(0).sample(train, args.train_size) if 0 < args.train_size < len(train) else train
     test = [p for p in test if p.get("split") == "test"] or test
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
@@ -1505,6 +1508,13 @@ def fail(message, status=2):
     sys.exit(status)
 
 
+def settle(args):
+    """Of each flag whose default is a pair takes the one that counts."""
+    for f in fields(args):
+        if isinstance(value := getattr(args, f.name), tuple):
+            setattr(args, f.name, value[bool(args.train_data)])
+
+
 def parse_args(argv=None):
     """Args from the command line, a flag for each with the comment behind it as its help; checked."""
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
@@ -1514,7 +1524,8 @@ def parse_args(argv=None):
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
-        text = texts[f.name].replace("%", "%%") + ("" if f.default == "" else f" (default: {f.default})")
+        default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
+        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -1527,7 +1538,7 @@ def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
     for f in fields(Args):
         value = getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "warmup_epochs", "iterations", "vote_k") else 1
+        least = 0 if f.type is float or f.name in ("seed", "train_size", "warmup_epochs", "iterations", "vote_k") else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     nothing = not args.model
@@ -1544,6 +1555,8 @@ def check_args(args):
                  "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--train-size 0 needs --train-data: there are as many built-in problems as you like":
+                     not args.train_size and not args.train_data,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}

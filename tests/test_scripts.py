@@ -378,6 +378,7 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     (["--lr", "inf"], ["--lr inf"]),
     (["--grad-clip", "0"], ["--grad-clip 0"]),
     (["--rerank"], ["--vote-k"]),
+    (["--train-size", "0"], ["--train-size 0"]),
     (["--operations-low", "1", "--operations-high", "1", "--eval-size", "2000"], ["--operations-low", "found"]),
     (["--device", "cuda"], ["no GPU"]),
 ])
@@ -559,3 +560,48 @@ def test_tensorboard_gets_the_numbers_of_the_log(script, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(module.InputError, match="--tensorboard.*pip install tensorboard"):
         module.parse_args(["--tensorboard"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_data_from_files_take_the_papers_defaults(script, capsys):
+    """Of a pair the first for the built-in problems, also with a checkpoint, the second with --train-data; what is said counts."""
+    module = importlib.import_module(script)
+    pairs = {f.name: f.default for f in dataclasses.fields(module.Args) if isinstance(f.default, tuple)}
+    assert pairs.keys() >= {"lr", "warmup_lr", "max_new_tokens", "iterations", "batch_size", "minibatch_size", "train_size"}
+    assert pairs["lr"][1] == {"ppo_reft": 3e-7, "r3": 3e-7, "score": 5e-6, "prl": 1e-6}[script]
+    files = ["--model", "x", "--train-data", "x", "--eval-data", "x"]
+    for argv, which in ([], 0), (["--model", "x"], 0), (files, 1):
+        args = module.parse_args(argv)
+        assert {name: getattr(args, name) for name in pairs} == {name: pair[which] for name, pair in pairs.items()}
+    args = module.parse_args([*files, "--lr", "5e-4", "--train-size", "7"])
+    assert (args.lr, args.train_size, args.max_new_tokens) == (5e-4, 7, pairs["max_new_tokens"][1])
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    shown = "".join(capsys.readouterr().out.split())                         # which argparse wraps, also at a hyphen
+    assert all(f"(default:{toy};with--train-data{paper})" in shown for toy, paper in pairs.values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_example_for_a_checkpoint_works_as_printed(script, tmp_path):
+    """The command in the script's docstring, its three names put in; cut short, and on a checkpoint with room for its tokens."""
+    from model import GPT, GPTConfig, Tokenizer, save_checkpoint
+    tokenizer = Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=4096, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    save_checkpoint(tmp_path / "FOLDER", GPT(config), tokenizer)
+    for name in "train.jsonl", "test.jsonl":
+        write(tmp_path / name, GSM)
+    words = re.search(rf"^    python {script}.py (--model FOLDER .*)$", (ROOT / f"{script}.py").read_text(), re.M)[1].split()
+    flags = [str(tmp_path / word) if word[0] != "-" else word for word in words]
+    result = run(script, tmp_path / "run", *flags, "--iterations", "1", "--batch-size", "1", "--train-size", "2", "--eval-size", "1", tiny=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["max_new_tokens"] >= 400
+
+
+def test_train_size_limits_the_rows_of_a_file(tmp_path):
+    import ppo_reft as reft
+    flags = dict(model="x", train_data=write(tmp_path / "data", GSM), eval_data=tmp_path / "data")
+    whole, few = reft.load_problems(reft.Args(**flags)), reft.load_problems(reft.Args(**flags, train_size=5))
+    assert [len(split) for split in whole] == [27, 3, 30] and [len(split) for split in few] == [5, 3, 30]
+    assert few[1:] == whole[1:] and all(problem in whole[0] for problem in few[0]) and few[0] != whole[0][:5]
+    assert few == reft.load_problems(reft.Args(**flags, train_size=5, seed=1))
+    assert len(reft.load_problems(reft.Args(**flags, train_size=500))[0]) == 27
