@@ -312,7 +312,7 @@ def warm_up(policy, rows, tokenizer, state, args):
     if "warmup_steps" not in state:
         optimizer = adamw([policy], args.warmup_lr)
         steps = resumable(total, 0, {"policy": policy}, optimizer, state, args)
-        for step in tqdm(steps, "warm-up", initial=state["step"], total=total, disable=None, leave=False):
+        for step in progress(steps, "warm-up", args, state["step"], total):
             with located(f"warm-up step {step}", args):
                 loss = sft_step(policy, rows, optimizer, step, total, args.seed, args)["loss"]
             state["loss"] = loss if step == 1 else 0.99 * state["loss"] + 0.01 * loss
@@ -372,7 +372,7 @@ def draw_samples(policy, problems, tokenizer, count, args):
     """`count` samples (ids, text, answer) of each problem at temperature 1, the same ones each time for one seed and policy."""
     torch.manual_seed(args.seed)
     samples, size = [], max(1, args.minibatch_size // count)                             # problems a batch
-    for i in tqdm(range(0, len(problems), size), "samples", disable=None, leave=False):
+    for i in progress(range(0, len(problems), size), "samples", args):
         batch = problems[i:i + size]
         data, texts, answers = respond(policy, batch, tokenizer, args, group_size=count)
         drawn = list(zip(response_ids(data), texts, answers))
@@ -434,7 +434,7 @@ def train_reranker(policy, warm, train, tokenizer, args):
         loss = torch.nn.functional.cross_entropy(scores, micro["labels"], reduction="sum") / len(minibatch["labels"])
         return loss, {"loss": loss}
 
-    for step in tqdm(range(1, steps + 1), "reranker", disable=None, leave=False):
+    for step in progress(range(1, steps + 1), "reranker", args):
         for group in optimizer.param_groups:
             group["lr"] = args.rerank_lr * (1 - (step - 1) / steps)
         chosen, labels = zip(*draw(rows, 48, step, f"{args.seed} rerank"))
@@ -923,7 +923,7 @@ def means(found):
 def evaluate(policy, problems, tokenizer, args, temperature=0):
     """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise."""
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
-    for i in tqdm(range(0, len(problems), args.minibatch_size), "evaluation", disable=None, leave=False):
+    for i in progress(range(0, len(problems), args.minibatch_size), "evaluation", args):
         batch = problems[i:i + args.minibatch_size]
         measured, text = attempt(policy, batch, tokenizer, args, temperature)
         for name, values in measured.items():
@@ -1036,12 +1036,35 @@ def draw(items, size, step, seed):
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
+SCHEDULED = "sft", "offline-st", "staged", "score", "no-shaping", "star", "pair"      # methods that look at --iterations all along
 
 
 def on_signal(number, frame):
     """The first Ctrl-C or SIGTERM lets the step at hand end, so that the run is saved; a second one ends it at once."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)
+    with suppress(OSError, RuntimeError):                            # a closed screen; a line that this one has broken into
+        print("stopping after this step; once more: at once, without saving", file=sys.stderr, flush=True)
+
+
+def stop(where, args):
+    """Ends a run that a signal stopped, with the command that goes on with it."""
+    command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+    fail(f"stopped{where} in {args.out}; go on with: {command}", 128 + STOP[0])
+
+
+def progress(items, what, args, done=0, total=None):
+    """The items, behind a bar; where there is no terminal, with a line each minute. After a signal there is no next one."""
+    bar = tqdm(items, what, initial=done, total=total, disable=None, leave=False)
+    total, first, began, said = total or len(items), done, time.time(), time.time()
+    for item in bar:
+        if STOP:
+            stop(f" in the {what}; what was saved last is kept", args)
+        yield item
+        done, now = done + 1, time.time()
+        if bar.disable and now > said + 60:
+            said, left = now, (now - began) / (done - first) * (total - done)
+            say(f"{what} {done}/{total}  ETA {left // 60:.0f}:{left % 60:02.0f}")
 
 
 def say(text):
@@ -1118,19 +1141,24 @@ def open_run(args):
                              f"({type(error).__name__}: {str(error)[:80]!r})") from None
         for name, value in info["args"].items():
             flag = f"--{name.replace('_', '-')}"
-            if name not in ("resume", "out") and flags.get(name) != value:
+            longer = name == "iterations" and value > flags.get(name, value) and not args.method.startswith(SCHEDULED)
+            if name not in ("resume", "out", "tensorboard") and flags.get(name) != value and not longer:
                 raise InputError(f"{out}: {flag} was {flags.get(name)!r} in this run, not {value!r}")
             if inputs.get(name) != info["inputs"].get(name):
                 raise InputError(f"{out}: what {flag} {value} holds has changed since the run began")
-    else:
-        write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+        info = before | {"args": flags | {"iterations": args.iterations}}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
         raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
+    if "after" in state and state["step"] < args.iterations:         # a finished run goes on: its last line goes, the state first
+        state["log_lines"] -= 1
+        del state["after"]
+        write_whole(out / "state.pt", lambda path: torch.save(state, path))
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
+    write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
     return state
 
 
@@ -1158,8 +1186,7 @@ def resumable(total, every, modules, optimizer, state, args):
             save_run(modules, optimizer, state, args)
             saved = time.time()
         if STOP:
-            command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
-            fail(f"stopped; saved in {args.out}; go on with: {command}", 128 + STOP[0])
+            stop("; saved", args)
 
 
 @contextmanager
@@ -1202,7 +1229,8 @@ def event_writer(out):
 
 SHOWN = {"accuracy": "acc", "t1": "t1", "t2": "t2", "outcome": "reward", "kl": "kl", "response_length": "len", "loss": "loss",
          "policy_loss": "pg", "value_loss": "vf", "kl_loss": "klloss", "clip_frac": "clip", "explained_variance": "ev",
-         "grad_norm": "grad", "truncated": "cut", "dev_accuracy": "dev"}
+         "grad_norm": "grad", "truncated": "cut", "unparsed": "unread",
+         "dev_accuracy": "dev"}
 
 
 def show(record, state, args):
@@ -1246,17 +1274,19 @@ def figure(width, height):
 
 
 def plot(args):
-    """curves.png: the numbers of log.jsonl over the iterations."""
-    log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
+    """curves.png: the numbers of log.jsonl over the iterations, and at 0 what the warm-up model has on the test problems."""
+    log = list(map(json.loads, open(Path(args.out) / "log.jsonl")))
+    warm, log = [[record for record in log if record["event"] == event] for event in ("warmup", "iteration")]
     panels = list(filter(None, [[key for key in keys if any(key in record for record in log)] for keys in PANELS]))
     picture = figure(14, 2.6 * math.ceil(len(panels) / 4))
     for i, keys in enumerate(panels):
         axes = picture.add_subplot(math.ceil(len(panels) / 4), 4, i + 1, title=", ".join(keys))
         for key in keys:
-            points = [(r["iteration"], r[key]) for r in log if r.get(key) is not None]
-            axes.plot(*zip(*points), marker="." if key.startswith("dev_") else "", label=key)
-        if len(keys) > 1:
-            axes.legend()
+            points = [(r["iteration"], r[key]) for r in log if r.get(key) is not None] or [(math.nan, math.nan)]
+            line, *_ = axes.plot(*zip(*points), marker="." if key.startswith("dev_") else "", label=key)
+            if isinstance(warm[0].get(key), float):
+                axes.plot(0, warm[0][key], "*", color=line.get_color(), label=f"{key}: warm-up, test")
+        axes.legend(fontsize="small")
     picture.savefig(Path(args.out) / "curves.png", dpi=100)
 
 

@@ -217,9 +217,11 @@ def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path):
     running = start("ppo_reft", out)
     while not (out / "log.jsonl").exists() and not running.ended():
         time.sleep(0.003)
+    assert "its demonstration" in Path(running.files[0].name).read_text()            # lines come at once, also into a file
     running.kill(number)
     result = running.wait()
     assert result.returncode == 128 + number, result.stderr
+    assert result.stderr.startswith("stopping after this step; once more: at once")
     assert "go on with" in result.stderr and "--resume" in result.stderr and "Traceback" not in result.stderr
     assert run("ppo_reft", out, "--resume").returncode == 0
     assert_same_run(folder / "ppo_reft-reft", out)
@@ -239,6 +241,55 @@ def test_a_finished_run_can_be_resumed_and_a_used_folder_is_refused(folder, tmp_
     refuse(run("ppo_reft", tmp_path / "done", "--resume", "--lr", "0.5"), "--lr was")
     refuse(run("ppo_reft", tmp_path / "none", "--resume"), "no run to resume")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("script, method", [("ppo_reft", "reft"), ("r3", "r3"), ("prl", "prl"), ("score", "multi-turn")])
+def test_a_finished_run_goes_on_with_more_iterations(script, method, folder, tmp_path):
+    """As if it had been as long from the start; also when it is killed before anything new is saved."""
+    whole_run(script, method, folder / f"{script}-{method}")
+    shutil.copytree(folder / f"{script}-{method}", tmp_path / "longer")
+    flags = ["--method", method, "--iterations", "5"]
+    running = start(script, tmp_path / "longer", *flags, "--resume")
+    while lines_of(tmp_path / "longer") == 5 and not running.ended():                 # until the line of the end is gone
+        time.sleep(0.001)
+    running.kill(signal.SIGKILL), running.wait()
+    result = run(script, tmp_path / "longer", *flags, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert run(script, tmp_path / "whole", *flags).returncode == 0
+    assert_same_run(tmp_path / "longer", tmp_path / "whole")
+    refuse(run(script, tmp_path / "longer", "--method", method, "--iterations", "4", "--resume"), "--iterations was 5")
+
+
+def test_a_schedule_over_the_iterations_cannot_grow(folder, tmp_path):
+    for script, method in ("ppo_reft", "sft"), ("r3", "staged"), ("score", "score"):
+        whole_run(script, method, folder / f"{script}-{method}")
+        shutil.copytree(folder / f"{script}-{method}", tmp_path / method)
+        refuse(run(script, tmp_path / method, "--method", method, "--iterations", "5", "--resume"), "--iterations was 3")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_is_looked_at_in_an_evaluation(script, monkeypatch, capsys, tmp_path):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "attempt", lambda policy, problems, *_: module.STOP.append(signal.SIGTERM) or ({"accuracy": [1.0] * len(problems)}, ""))
+    monkeypatch.setattr(module, "STOP", [])
+    monkeypatch.setattr(sys, "argv", ["x.py", "--out", "here"])
+    problems, args = [{"prompt": [1], "question": ""}] * 4, module.Args(minibatch_size=4, batch_size=1, group_size=4) if script in ("score", "prl") else \
+        module.Args(minibatch_size=4)
+    args.out = "here"
+    assert module.evaluate(None, problems, None, args)["accuracy"] == 1              # the last batch ends, as a step does
+    with pytest.raises(SystemExit) as ended:
+        module.evaluate(None, problems, None, args)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "stopped in the evaluation; what was saved last is kept in here; go on with: python x.py --out here --resume" in capsys.readouterr().err
+
+
+def test_long_work_says_a_line_each_minute_where_there_is_no_terminal(monkeypatch, capsys):
+    import ppo_reft as reft
+    clock = iter(range(0, 10000, 25))
+    monkeypatch.setattr(reft.time, "time", lambda: next(clock))
+    assert list(reft.progress(range(3, 10), "warm-up", reft.Args(), 2, 9)) == list(range(3, 10))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["warm-up 5/9  ETA 2:13", "warm-up 8/9  ETA 0:29"]
 
 
 def test_a_folder_in_which_nothing_was_saved_is_free(tmp_path):
@@ -475,11 +526,11 @@ def test_truncated_share_is_red_above_a_fifth(capsys, monkeypatch):
     import ppo_reft as reft
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False), monkeypatch.setenv("TERM", "xterm")
-    record = {"iteration": 1, "truncated": 0.21, "tokens_per_second": 1.0}
+    record = {"iteration": 1, "truncated": 0.21, "unparsed": 0.5, "tokens_per_second": 1.0}
     reft.show(record, {"seconds": 1.0}, reft.Args())
     reft.show(record | {"truncated": 0.19}, {"seconds": 1.0}, reft.Args())
     first, second = capsys.readouterr().out.splitlines()
-    assert "\033[31mcut 0.21" in first and "\033[31m" not in second
+    assert "\033[31mcut 0.21" in first and "unread 0.5" in first and "\033[31m" not in second
     for name, value in ("NO_COLOR", "1"), ("TERM", "dumb"):
         with monkeypatch.context() as plain:
             plain.setenv(name, value)
@@ -506,6 +557,20 @@ def test_screens_of_all_kinds(checkpoint, tmp_path):
     for process, name in zip(running, ("closed", "piped")):
         _, errors = process.communicate()
         assert process.returncode == 0 and not errors and (tmp_path / name / "summary.json").exists(), (name, errors)
+
+
+def test_curves_have_legends_and_the_warm_up(monkeypatch, tmp_path):
+    import ppo_reft as reft
+    records = [{"event": "warmup", "accuracy": 0.5, "steps": 8}, {"event": "iteration", "iteration": 1, "accuracy": 0.25, "explained_variance": None},
+               {"event": "iteration", "iteration": 2, "accuracy": 0.5, "dev_accuracy": 0.75, "kl": 0.1}]
+    write(tmp_path / "log.jsonl", records)
+    pictures, figure = [], reft.figure
+    monkeypatch.setattr(reft, "figure", lambda *size: pictures.append(figure(*size)) or pictures[0])
+    reft.plot(reft.Args(out=str(tmp_path)))
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in pictures[0].axes]
+    assert legends == [["accuracy", "accuracy: warm-up, test", "dev_accuracy"], ["kl"], ["explained_variance"]]
+    star = next(line for line in pictures[0].axes[0].lines if "warm-up" in line.get_label())
+    assert star.get_xydata().tolist() == [[0, 0.5]]
 
 
 def test_the_screen_of_a_notebook(monkeypatch):
