@@ -270,12 +270,12 @@ def test_a_schedule_over_the_iterations_cannot_grow(folder, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_signal_is_looked_at_in_an_evaluation(script, monkeypatch, capsys, tmp_path):
     module = importlib.import_module(script)
-    monkeypatch.setattr(module, "attempt", lambda policy, problems, *_: module.STOP.append(signal.SIGTERM) or ({"accuracy": [1.0] * len(problems)}, ""))
+    measured = {"accuracy": [1.0] * 4}, "text"
+    monkeypatch.setattr(module, "attempt", lambda *_: module.STOP.append(signal.SIGTERM) or measured)         # a signal while it works
     monkeypatch.setattr(module, "STOP", [])
     monkeypatch.setattr(sys, "argv", ["x.py", "--out", "here"])
-    problems, args = [{"prompt": [1], "question": ""}] * 4, module.Args(minibatch_size=4, batch_size=1, group_size=4) if script in ("score", "prl") else \
-        module.Args(minibatch_size=4)
-    args.out = "here"
+    groups = dict(batch_size=1, group_size=4) if script in ("score", "prl") else {}
+    problems, args = [{"prompt": [1], "question": ""}] * 4, module.Args(out="here", minibatch_size=4, **groups)
     assert module.evaluate(None, problems, None, args)["accuracy"] == 1              # the last batch ends, as a step does
     with pytest.raises(SystemExit) as ended:
         module.evaluate(None, problems, None, args)
@@ -536,6 +536,13 @@ def test_truncated_share_is_red_above_a_fifth(capsys, monkeypatch):
             plain.setenv(name, value)
             reft.show(record, {"seconds": 1.0}, reft.Args())
             assert "cut 0.21" in (out := capsys.readouterr().out) and "\033[" not in out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_explains_the_line(script):
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for key, name in importlib.import_module(script).SHOWN.items():
+        assert f"`{key}`" in text and (key == name or re.search(rf"`{key}`(?: is)? {name}\b", text)), key
 
 
 def test_the_log_keeps_small_numbers(tmp_path):
