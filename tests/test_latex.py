@@ -150,3 +150,5 @@ def test_a_box_is_the_asked_form_where_one_is_asked_for(name):
     texts = r"so \boxed{18}", r"so \boxed{\$18}", f"so{script.ANSWER}18"
     assert [script.in_form(text, problem, asked) for text in texts] == [True, False, False]
     assert [script.in_form(text, problem, script.Args()) for text in texts] == [False, False, True]
+
+

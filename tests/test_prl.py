@@ -606,3 +606,15 @@ def test_a_warm_up_can_be_shared(tmp_path):
 def test_impossible_flags_are_refused_and_nothing_is_written(given, words, tmp_path):
     refuse(run("prl", tmp_path / "run", *given), *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_each_test_file_has_its_own_avg_and_pass(monkeypatch):
+    """Two samples of each of three problems, one of file a and two of file b."""
+    problems = [{"gold": 1.0, "set": file} for file in "abb"]
+    samples = [[([], "", float(answer)) for answer in row] for row in ([1, 1], [1, 0], [0, 0])]
+    monkeypatch.setattr(prl, "draw_samples", lambda *_: samples)
+    monkeypatch.setattr(prl, "evaluate", lambda *_: {"accuracy": 0.5})
+    found = prl.report(None, {"": problems}, None, flags(samples=2))
+    assert [found[name] for name in ("avg@2", "a_avg@2", "b_avg@2")] == pytest.approx([0.5, 1, 0.25])
+    assert [found[name] for name in ("pass@2", "a_pass@2", "b_pass@2")] == pytest.approx([2 / 3, 1, 0.5])
+    assert (found["right"], found["a_right"], found["b_right"]) == ("2 1 0", "2", "1 0") and found["a_avg@2_95%"] == [1, 1]
