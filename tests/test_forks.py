@@ -1,7 +1,6 @@
 """README's "Forking": its two patches fit prl.py as it stands, run in a folder of their own, and do what they say."""
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from processes import NO_GPU, ROOT
-from test_scripts import TINY
+from processes import ROOT
+from test_scripts import read_log, run
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +18,7 @@ def fork(tmp_path_factory):
     """fork(name): (the patched prl.py as a module, its folder)."""
     def made(name):
         folder = tmp_path_factory.mktemp(name)
-        for file in "prl.py", "model.py":
-            shutil.copyfile(ROOT / file, folder / file)
-        shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copyfile(ROOT / "prl.py", folder / "prl.py")
         applied = subprocess.run(["git", "apply", ROOT / "tests" / "forks" / f"{name}.patch"], cwd=folder, capture_output=True, text=True)
         assert applied.returncode == 0, applied.stderr
         spec = importlib.util.spec_from_file_location(f"prl_{name.replace('-', '_')}", folder / "prl.py")
@@ -33,12 +30,11 @@ def fork(tmp_path_factory):
 
 
 def finish(folder, *flags):
-    """Runs the fork as a user would; its log's iterations and its summary."""
-    result = subprocess.run([sys.executable, "prl.py", *TINY, *flags, "--out", "run"], cwd=folder, env=os.environ | NO_GPU,
-                            capture_output=True, text=True)
+    """Runs the fork; its log's iterations and its summary."""
+    result = run(str(folder / "prl"), folder / "run", *flags)
     assert result.returncode == 0, result.stderr
-    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    return [record for record in log if record["event"] == "iteration"], json.loads((folder / "run" / "summary.json").read_text())
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    return [record for record in read_log(folder / "run") if record["event"] == "iteration"], summary
 
 
 def test_a_new_advantage(fork):
