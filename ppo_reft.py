@@ -138,11 +138,6 @@ class Args:
             run_programs([])                 # InputError where none can be run
 
 
-PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
-ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
-TRIGGER = ANSWER                          # the last one in a response announces its answer
-
-
 # ==== the paper ===============================================================================================================
 
 def reward(answers, problems, args):
@@ -469,6 +464,11 @@ def choose(policy, warm, train, test, tokenizer, args):
 
 
 # ==== the task: problems, prompts, answers ====================================================================================
+
+PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
+ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
+TRIGGER = ANSWER                          # the last one in a response announces its answer
+
 
 def demonstration(start, chain, rng, args):
     """The lines of a right solution. Annotators have two styles: a careful one does one operation a line; a hasty one, more

@@ -138,11 +138,6 @@ class Args:
             raise InputError("--operations-hard must be above --operations-high")
 
 
-PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
-ANSWER = "\nTherefore, the answer is: "   # closes a rationale, followed by the answer
-TRIGGER = ANSWER                          # the last one in a response announces its answer
-
-
 # ==== the paper ===============================================================================================================
 
 def reward(answers, problems, args):
@@ -418,6 +413,11 @@ def hard_problems(policy, tokenizer, args):
 
 
 # ==== the task: problems, prompts, answers ====================================================================================
+
+PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
+ANSWER = "\nTherefore, the answer is: "   # closes a rationale, followed by the answer
+TRIGGER = ANSWER                          # the last one in a response announces its answer
+
 
 def demonstration(start, chain, rng, args):
     """The lines of a right solution. Annotators have two styles: a careful one does one operation a line; a hasty one, more

@@ -142,12 +142,6 @@ class Args:
             run_programs([])                 # InputError where none can be run
 
 
-PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-          "### Instruction:\n{question}\n\n### Response:\n")
-ANSWER = "\n#### "                        # closes a rationale in words, followed by the answer
-TRIGGER = "####"                          # the last one in a response announces its answer
-
-
 # ==== the paper: start states =================================================================================================
 
 def evenly(n, stages):
@@ -438,6 +432,12 @@ def plot_stages(args):
 
 
 # ==== the task: problems, prompts, answers ====================================================================================
+
+PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+          "### Instruction:\n{question}\n\n### Response:\n")
+ANSWER = "\n#### "                        # closes a rationale in words, followed by the answer
+TRIGGER = "####"                          # the last one in a response announces its answer
+
 
 def demonstration(start, chain, rng, args):
     """The lines of a right solution, whose annotator chooses a style anew on each line: while four operations are left, to do

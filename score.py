@@ -155,11 +155,6 @@ class Args:
             run_programs([])                 # InputError where none can be run
 
 
-PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
-ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
-TRIGGER = ANSWER                          # the last one in a response announces its answer
-
-
 # ==== the paper ===============================================================================================================
 
 def reward(answers, problems, args):
@@ -563,6 +558,9 @@ def plot_turns(state, args):
 
 # ==== the task: problems, prompts, answers ====================================================================================
 
+PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
+ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
+TRIGGER = ANSWER                          # the last one in a response announces its answer
 FORM = ('At the end of the Solution, when you give your final answer, write it on a line of its own in the form '
         '"Therefore, the answer is: answer".')
 ERROR = ("\nThere might be an error in the {} above because of lack of understanding of the question. Please correct the error, "
