@@ -1390,7 +1390,8 @@ def write_events(record, args):
     writer, iteration = event_writer(Path(args.out)), record["event"] == "iteration"
     step = record["iteration"] if iteration else 0 if record["event"] == "warmup" else args.iterations
     for name, value in record.items():
-        for place, number in enumerate(value) if isinstance(value, list) else [("", value)]:
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
+        for place, number in parts:
             if isinstance(number, (int, float)):
                 writer.add_scalar("/".join(filter(None, ("" if iteration else "test", name, str(place)))), number, step)
     writer.flush()

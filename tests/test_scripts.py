@@ -782,7 +782,7 @@ def test_builtin_problems_are_fixed_right_and_the_splits_apart():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_tensorboard_gets_the_numbers_of_the_log(script, monkeypatch, tmp_path):
-    """Of each line, a list's by place; a resumed run puts aside what followed the log's last line. Without the package: one line."""
+    """Of each line, those of a list or dict by place; a resumed run puts aside what followed the log's last line. Without the package: one line."""
     module, events, written = importlib.import_module(script), types.ModuleType("torch.utils.tensorboard"), []
 
     class SummaryWriter:
@@ -794,10 +794,12 @@ def test_tensorboard_gets_the_numbers_of_the_log(script, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", events)
     args, state = module.Args(out=str(tmp_path), tensorboard=True, iterations=3), {"log_lines": 0}
     (tmp_path / "log.jsonl").write_text("")
-    for record in ({"event": "warmup", "accuracy": 0.5}, {"event": "iteration", "iteration": 1, "kl": 0.25, "clip_frac": [0.0, 0.125], "sample": "a"},
+    for record in ({"event": "warmup", "accuracy": 0.5}, {"event": "iteration", "iteration": 1, "kl": 0.25, "clip_frac": [0.0, 0.125], "sample": "a",
+                    "phases": {"check": 0.5}},
                    {"event": "end", "accuracy": 0.75}):
         module.write_log(record, state, args)
-    points = [("test/accuracy", 0.5, 0), ("iteration", 1, 1), ("kl", 0.25, 1), ("clip_frac/0", 0.0, 1), ("clip_frac/1", 0.125, 1), ("test/accuracy", 0.75, 3)]
+    points = [("test/accuracy", 0.5, 0), ("iteration", 1, 1), ("kl", 0.25, 1), ("clip_frac/0", 0.0, 1), ("clip_frac/1", 0.125, 1),
+              ("phases/check", 0.5, 1), ("test/accuracy", 0.75, 3)]
     assert written == [("events", 0), *points]
     module.event_writer.cache_clear(), written.clear()
     module.write_log({"event": "iteration", "iteration": 2, "kl": 0.5}, state, args)
