@@ -367,7 +367,8 @@ def warm_up(policy, rows, tokenizer, state, args):
             with located(f"warm-up step {step}", args):
                 loss = sft_step(policy, rows, optimizer, step, total, args.seed, args)["loss"]
             state["loss"] = loss if step == 1 else 0.99 * state["loss"] + 0.01 * loss
-        save_checkpoint(folder, policy, tokenizer)
+        with phase("save"):
+            save_checkpoint(folder, policy, tokenizer)
         state |= {"warmup_steps": total, "step": 0}
     return load_checkpoint(folder)[0].to(args.device)
 
@@ -1498,12 +1499,15 @@ def summarise(problems, state, args):
     summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
     summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state, args))
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
-    say(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f} on {problems} test "
-        f"problems (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {args.out}")
+    what, before, best = "evaluation", "", ""
+    if not args.evaluate_only:
+        what, before = args.method, f"{state['before']['accuracy']:.3f} -> "
+        best = f" (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']})"
+    say(f"{what}: accuracy {before}{state['after']['accuracy']:.3f} on {problems} test problems{best}; {args.out}")
     rates = {"rollouts_per_second": "{} rollouts/s", "tokens_per_second": "{} tokens/s", "mfu": "MFU of the updates {:.1%}",
              "peak_gib": "peak {} GiB"}
     say("seconds: " + ", ".join(f"{name} {value}" for name, value in cost["phases"].items()) + "; "
-        + ", ".join(text.format(cost[name]) for name, text in rates.items() if name in cost))
+        + ", ".join(text.format(cost[name]) for name, text in rates.items() if cost.get(name)))
 
 
 # ==== command line ============================================================================================================

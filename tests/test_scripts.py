@@ -449,6 +449,7 @@ def test_evaluate_only(script, method, folder, tmp_path):
     assert {"accuracy", "strict_accuracy", "truncated"} <= shared
     assert {name: found["after"][name] for name in shared} == {name: was["after"][name] for name in shared}
     assert [record["event"] for record in read_log(out)] == ["end"] and "warm-up" not in result.stdout
+    assert f"evaluation: accuracy {found['after']['accuracy']:.3f} on 8 test problems;" in result.stdout and "tokens/s" not in result.stdout
     refuse(run(script, out, "--model", trained / "model", "--evaluate-only"), "holds a run already")
 
 
