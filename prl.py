@@ -858,7 +858,7 @@ def stop(where, args):
 def progress(items, what, args, done=0, total=None):
     """The items, behind a bar; where there is no terminal, with a line each minute. After a signal there is no next one."""
     bar = tqdm(items, what, initial=done, total=total, disable=None, leave=False)
-    total, first, began, said = total or len(items), done, time.time(), time.time()
+    total, first, began, said = len(items) if total is None else total, done, time.time(), time.time()
     for item in bar:
         if STOP:
             stop(f" in the {what}; what was saved last is kept", args)
