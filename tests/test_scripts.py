@@ -290,6 +290,7 @@ def test_long_work_says_a_line_each_minute_where_there_is_no_terminal(monkeypatc
     assert list(reft.progress(range(3, 10), "warm-up", reft.Args(), 2, 9)) == list(range(3, 10))
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["warm-up 5/9  ETA 2:13", "warm-up 8/9  ETA 0:29"]
+    assert list(reft.progress(iter([]), "warm-up", reft.Args(), 0, 0)) == []         # a warm-up of no steps
 
 
 def test_a_folder_in_which_nothing_was_saved_is_free(tmp_path):
