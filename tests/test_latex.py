@@ -3,6 +3,7 @@ import dataclasses
 import time
 
 import pytest
+import torch
 
 import ppo_reft as reft
 import prl
@@ -141,3 +142,18 @@ def test_a_long_text_is_no_answer_and_starts_nothing(monkeypatch):
     monkeypatch.setattr(reft, "COMPARING", [])
     monkeypatch.setattr(reft.subprocess, "Popen", None)
     assert not reft.same_latex(boxed("5"), boxed("5" + " " * 1000))
+
+
+def test_strict_accuracy_counts_right_answers_in_the_asked_form(monkeypatch):
+    texts = f"so{A}18", f"so{A}$18", f"so{A}19"
+
+    class Words:
+        eos_id = 0
+
+        def decode(self, ids):
+            return texts[ids[0] - 1]
+
+    monkeypatch.setattr(reft, "generate", lambda *_: (torch.tensor([[5, 1, 0], [5, 2, 0], [5, 3, 0]]), torch.ones(3, 2, dtype=torch.bool)))
+    data, _, answers = reft.respond(None, [{"gold": 18.0, "prompt": [5]}] * 3, Words(), reft.Args())
+    measured = reft.measures(data, answers)
+    assert measured["accuracy"] == [True, True, False] and measured["strict_accuracy"] == [True, False, False]
