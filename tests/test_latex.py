@@ -3,6 +3,7 @@ import dataclasses
 import time
 
 import pytest
+import torch
 
 import ppo_reft as reft
 import prl
@@ -152,3 +153,16 @@ def test_a_box_is_the_asked_form_where_one_is_asked_for(name):
     assert [script.in_form(text, problem, script.Args()) for text in texts] == [False, False, True]
 
 
+def test_strict_accuracy_counts_right_answers_in_the_asked_form(monkeypatch):
+    texts = f"so{A}18", f"so{A}$18", f"so{A}19"
+
+    class Words:
+        eos_id = 0
+
+        def decode(self, ids):
+            return texts[ids[0] - 1]
+
+    monkeypatch.setattr(reft, "generate", lambda *_: (torch.tensor([[5, 1, 0], [5, 2, 0], [5, 3, 0]]), torch.ones(3, 2, dtype=torch.bool)))
+    data, _, answers = reft.respond(None, [{"gold": 18.0, "prompt": [5]}] * 3, Words(), reft.Args())
+    measured = reft.measures(data, answers)
+    assert measured["accuracy"] == [True, True, False] and measured["strict_accuracy"] == [True, False, False]
