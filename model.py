@@ -21,7 +21,8 @@ import os
 import re
 import unicodedata
 from dataclasses import dataclass
-from functools import cache, partial
+from datetime import datetime
+from functools import cache, cached_property, partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -513,6 +514,7 @@ def _generate(gpt, prompts, max_new_tokens, temperature):
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"     # to a chat template
 METASPACE = "\u2581"                                    # SentencePiece's space
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
 
@@ -614,13 +616,13 @@ def _ranks_decide(ranks: dict) -> bool:
     return len(made) == len(ranks)
 
 
-def _cut_out(text: str, finder):
-    """The text cut at added tokens: first a text, then in turn an id and a text; texts may be empty."""
-    done, (pattern, tokens) = 0, finder
-    for match in pattern.finditer(text) if tokens else ():
+def _cut_out(text: str, finder, special=False):
+    """The text cut at added tokens, with special=True also at those: a text, then in turn an id and a text; texts may be empty."""
+    done, (pattern, tokens, plain) = 0, finder
+    for match in pattern.finditer(text) if plain or special and tokens else ():
         token, (start, end) = tokens[match[0]], match.span()
         in_word = regex.match(r"\w", text[start - 1:start]) or regex.match(r"\w", text[end:end + 1])
-        if token.get("special") or token.get("single_word") and in_word:
+        if token.get("special") and not special or token.get("single_word") and in_word:
             continue
         if token.get("lstrip"):
             start = max(done, len(text[:start].rstrip(SPACES)))
@@ -632,6 +634,10 @@ def _cut_out(text: str, finder):
         yield token["id"]
         done = end
     yield text[done:]
+
+
+def _text_of(token):
+    return token["content"] if isinstance(token, dict) else token
 
 
 class Tokenizer:
@@ -658,6 +664,7 @@ class Tokenizer:
             self.bos_ids = self._first_ids(spec.get("post_processor"))
             self.max_id = max(self._usable)             # of all that encode can give
             self.eos_id, self.pad_id = (self._id_of(settings.get(name)) for name in ("eos_token", "pad_token"))
+            self._named = {name: _text_of(settings[name]) for name in NAMED if settings.get(name)}
         except InputError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
@@ -798,8 +805,9 @@ class Tokenizer:
                       for t in added if t["content"] and bool(t.get("normalized")) == stage}
             longest_first = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
             plain = {token["id"] for token in tokens.values() if not token.get("special")}
-            self._finders.append((re.compile(longest_first), tokens if plain else {}))
+            self._finders.append((re.compile(longest_first), tokens, bool(plain)))
             self._usable |= plain
+        self._special = {token["content"] for token in added if token["content"] and token.get("special")}
 
     def _first_ids(self, post_processor):
         """What the post-processor puts before a text. What it puts after one is left to the scripts, as the end token."""
@@ -820,7 +828,7 @@ class Tokenizer:
         return first
 
     def _id_of(self, token):
-        text = token["content"] if isinstance(token, dict) else token
+        text = _text_of(token)
         return self._added.get(text, self._vocab.get(text))
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -832,14 +840,89 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Raises InputError if the vocabulary has no token for a character (small vocabularies only)."""
-        ids = []
-        for i, given in enumerate(_cut_out(text, self._finders[0])):
-            for j, part in enumerate(_cut_out(self._normalize(given), self._finders[1]) if isinstance(given, str) else [given]):
+        return self._encode(text)
+
+    def encode_chat(self, messages: list[dict], begun: str = "") -> list[int]:
+        """A conversation [{"role": ..., "content": text}, ...] in the checkpoint's chat template, up to where the assistant
+        has its next turn, and the text with which that turn has begun. Special tokens that the template writes become their
+        ids; in the messages they, and other added tokens of the template, are plain text.
+
+        Where one message has the content None, an answer yet to be sampled, only what follows its end token. Raises InputError
+        if there is no template or it cannot be rendered.
+        """
+        given = begun + "".join(message["content"] or "" for message in messages)
+        free = (c for c in map(chr, range(0xe000, 0xf900)) if c not in given)            # characters of private use
+        answer = next(free)
+        control = self._special | {token for token in self._added if token in self._chat_template and token.strip()}
+        hidden = {next(free): token for token in sorted(control, key=len, reverse=True) if token in given}
+        hide = lambda text: reduce(lambda text, pair: text.replace(pair[1], pair[0]), hidden.items(), text)
+        shown = [message | {"content": answer if message["content"] is None else hide(message["content"])} for message in messages]
+        try:
+            text = self._compiled_template.render(messages=shown, add_generation_prompt=True, tools=None, documents=None,
+                                                  **self._named)
+        except InputError:
+            raise
+        except Exception as error:                      # a template is a program: of another role, of its own raise_exception
+            raise InputError(f"{self.source}: the chat template fails ({type(error).__name__}: {error})") from error
+        if None in (message["content"] for message in messages):
+            if answer not in text:
+                raise InputError(f"{self.source}: the chat template leaves out the answers that it is given")
+            text = text.rpartition(answer)[2]
+            before, _, after = text.partition(self.decode([self.eos_id]))
+            text = text if before.strip() else after    # as it stands where the template writes no end token behind an answer
+        ids = self._encode(text + hide(begun), special=True, hidden=hidden)
+        if max(ids, default=0) >= self.model_vocab_size:
+            raise InputError(f"{self.source}: the chat template gives the id {max(ids)}, the model has {self.model_vocab_size} ids")
+        return ids
+
+    @cached_property
+    def _chat_template(self) -> str:
+        folder = Path(self.source).parent
+        settings = _parse(self.files.get("tokenizer_config.json", "{}"), folder / "tokenizer_config.json")
+        found = self.files.get("chat_template.jinja", settings.get("chat_template"))
+        if isinstance(found, list):                     # several, by name
+            found = next((template.get("template") for template in found if template.get("name") == "default"), None)
+        if not isinstance(found, str):
+            raise InputError(f"{folder}: no chat template, neither in tokenizer_config.json nor as chat_template.jinja")
+        return found
+
+    @cached_property
+    def _compiled_template(self):
+        """In the environment that transformers gives it: a template is a stranger's program."""
+        try:
+            from jinja2 import TemplateError, ext, sandbox
+        except ImportError:
+            raise InputError(f"{self.source}: the chat template needs jinja2 (pip install jinja2)") from None
+
+        class Generation(ext.Extension):
+            """{% generation %} ... {% endgeneration %}, which marks an answer, stands for what is in it."""
+            tags = {"generation"}
+
+            def parse(self, parser):
+                next(parser.stream)
+                return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+        def raise_exception(message):
+            raise TemplateError(message)
+
+        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                            extensions=[ext.loopcontrols, Generation])
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)          # jinja2's own escapes for HTML
+        environment.globals |= dict(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+        return environment.from_string(self._chat_template)
+
+    def _encode(self, text, special=False, hidden={}):
+        """hidden: {what stands in for a token that is plain text in its place: the token}; encoded apart, as in transformers."""
+        ids, cut = [], (lambda text: re.split(f"([{''.join(hidden)}])", text)) if hidden else lambda text: [text]
+        for i, given in enumerate(_cut_out(text, self._finders[0], special)):
+            parts = _cut_out(self._normalize(given), self._finders[1], special) if isinstance(given, str) else [given]
+            for j, part in enumerate(parts):
                 if isinstance(part, int):               # an added token
                     ids.append(part)
                     continue
-                pieces = self._pieces(part, is_first=i == j == 0)
-                ids += itertools.chain.from_iterable(map(self._piece_ids, pieces))
+                for k, text in enumerate(cut(part)):
+                    pieces = self._pieces(hidden.get(text, text), is_first=i == j == k == 0)
+                    ids += itertools.chain.from_iterable(map(self._piece_ids, pieces))
         return ids
 
     def _pieces(self, text, is_first):

@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11,<2.14", "triton>=3.6; platform_system == 'Linux'", "numpy", "safetensors", "tiktoken", "regex",
+#                 "tqdm", "matplotlib", "pytest", "pytest-xdist", "filelock", "pydantic-monty>=1.4", "rapidfuzz",
+#                 "math-verify", "huggingface_hub", "jinja2>=3.1.6"]
+# ///
 """R3: Training Large Language Models for Reasoning through Reverse Curriculum Reinforcement Learning
 Zhiheng Xi, Wenxiang Chen, Boyang Hong, Senjie Jin, Rui Zheng, Wei He et al.; ICML 2024, arXiv 2402.05808.
 
@@ -70,12 +76,15 @@ from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_c
 
 @dataclass
 class Args:
+    # a pair of defaults: for the built-in problems, and the paper's with --train-data
     # run
     method: Literal["r3", "staged", "rl", "sft"] = "r3"    # all starts mixed; baselines: in turn, the question alone, supervised
-    model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
+    model: str = ""                  # folder of a pretrained checkpoint, or its hub id; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's or MATH's JSON lines, or ReFT's JSON list; empty: the built-in problems
     eval_data: str = ""              # test set in the same form, or several: a.jsonl,b.jsonl; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), run in a sandbox
+    prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
+    system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
@@ -86,31 +95,31 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 25600          # built-in training problems
+    train_size: int = (25600, 0)     # problems to train on; of a file so many rows, 0: all
     operations_low: int = 8          # T: fewest steps of a built-in dev or test problem, and of one that rollouts start from
     operations_high: int = 8         # most
     operations_train: int = 12       # most of a built-in training problem, the fewest is 1
     # warm-up, on a linear schedule with 10 % warm-up steps as ReFT's (authors' code: cosine)
-    warmup_epochs: int = 1           # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
-    warmup_batch_size: int = 16      # demonstrations an optimiser step; authors' code: 256
-    warmup_lr: float = 3e-3          # peak; authors' code: 2e-5 for a pretrained 7B model
+    warmup_epochs: int = (1, 2)      # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
+    warmup_batch_size: int = (16, 256)  # demonstrations an optimiser step; authors' code: 256
+    warmup_lr: float = (3e-3, 2e-5)  # peak; authors' code: 2e-5 for a pretrained 7B model
     # start states
     stages: int = 5                  # M, start states per demonstration; paper: 5 or 6
     split: Literal["lines", "uniform", "auto"] = "auto"    # cut at lines; into M equal parts; at lines if there are two
     stage_weights: str = ""          # how often r3's mixture holds k = 0, 1, ...: "2,1,1,1,0"; empty: each once, as authors' data
     # reinforcement learning
-    iterations: int = 30             # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
-    batch_size: int = 256            # start states an iteration; authors' code: 32
-    minibatch_size: int = 256        # rows an optimiser step; authors' code: the whole batch
-    micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
+    iterations: int = (30, 2000)     # rollouts, each with its updates; paper: 50 epochs, code: 10 of five starts each
+    batch_size: int = (256, 32)      # start states an iteration; authors' code: 32
+    minibatch_size: int = (256, 32)  # rows an optimiser step; authors' code: the whole batch
+    micro_batch_size: int = (64, 8)  # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 2              # passes over a rollout; authors' code: 2
-    max_new_tokens: int = 98         # longest response; authors' code: prompt and response 700 together
-    lr: float = 5e-4                 # constant; authors' code: 3e-7 (7B)
+    max_new_tokens: int = (98, 400)  # longest response; authors' code: prompt and response 700 together
+    lr: float = (5e-4, 3e-7)         # constant; authors' code: 3e-7 (7B)
     gamma: float = 1.0               # authors' code: 1.0
-    lam: float = 1.0                 # authors' code: 0.95, which hardly reaches the first lines before the values are learned
+    lam: float = (1.0, 0.95)         # authors' code: 0.95, which hardly reaches the first lines before values are learned
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
-    vf_coef: float = 0.2             # a; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
+    vf_coef: float = (0.2, 5.0)      # a; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: Literal["k1", "exact"] = "k1"    # sampled log-ratio in the reward (authors' code); exact: its conditional mean
     value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (paper); one of its own
@@ -120,12 +129,13 @@ class Args:
     # reports
     strict: bool = False             # read answers as the authors do: a bare float() of all that follows "####"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 5              # iterations between greedy evaluations on the dev split, which choose the checkpoint
-    eval_size: int = 0               # at most so many dev problems, and of each test set; 0: all in the files, 500 built-in ones
+    eval_every: int = (5, 50)        # iterations between greedy evaluations on the dev split, which choose the checkpoint
+    eval_size: int = (500, 0)        # at most so many dev problems, and of each test set; 0: all in the files
     save_every: int = 10             # iterations between saved states
+    tensorboard: bool = False        # write the log as TensorBoard's events, too, into the run folder's events/
 
     def __post_init__(self):
-        self.eval_size = self.eval_size or (0 if self.eval_data else 500)
+        settle(self)
         weights = self.stage_weights.split(",")
         if self.stage_weights and not (len(weights) == self.stages and re.search("[1-9]", self.stage_weights)
                                        and all(re.fullmatch(r"\d{1,3}", weight) for weight in weights)):
@@ -136,12 +146,6 @@ class Args:
             raise InputError("--cot program needs --train-data: built-in problems have no programs")
         if self.cot == "program":
             run_programs([])                 # InputError where none can be run
-
-
-PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-          "### Instruction:\n{question}\n\n### Response:\n")
-ANSWER = "\n#### "                        # closes a rationale in words, followed by the answer
-TRIGGER = "####"                          # the last one in a response announces its answer
 
 
 # ==== the paper: start states =================================================================================================
@@ -367,11 +371,12 @@ def warm_up(policy, rows, tokenizer, state, args):
     if "warmup_steps" not in state:
         optimizer = adamw([policy], args.warmup_lr)
         steps = resumable(total, 0, {"policy": policy}, optimizer, state, args)
-        for step in tqdm(steps, "warm-up", initial=state["step"], total=total, disable=None, leave=False):
+        for step in progress(steps, "warm-up", args, state["step"], total):
             with located(f"warm-up step {step}", args):
                 loss = sft_step(policy, rows, optimizer, step, total, args.seed, args)["loss"]
             state["loss"] = loss if step == 1 else 0.99 * state["loss"] + 0.01 * loss
-        save_checkpoint(folder, policy, tokenizer)
+        with phase("save"):
+            save_checkpoint(folder, policy, tokenizer)
         state |= {"warmup_steps": total, "step": 0}
     return load_checkpoint(folder)[0].to(args.device)
 
@@ -479,6 +484,11 @@ def plot_stages(args):
 
 # ==== the task: problems, prompts, answers ====================================================================================
 
+PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+          "### Instruction:\n{question}\n\n### Response:\n")
+ANSWER = "\n#### "                        # closes a rationale in words, followed by the answer
+TRIGGER = "####"                          # the last one in a response announces its answer
+
 TABLES = {letter: sample(range(10), 10) for sample in [random.Random(0).sample] for letter in "abcdefgh"}
 STEPS = 16                               # of the longest built-in chain
 
@@ -548,7 +558,7 @@ def encode_problem(problem, tokenizer, args):
     program = args.cot == "program"
     header = program_header(problem["question"]) if program else ""
     response = problem["cot"] if program else f"{problem['cot']}{ANSWER}{problem['answer']}"
-    return problem | {"prompt": tokenizer.encode_prompt(PROMPT.format(question=problem["question"]) + header), "header": header,
+    return problem | {"prompt": encode_prompt(problem["question"], PROMPT, tokenizer, args, header), "header": header,
                       "response": tokenizer.encode(response) + [tokenizer.eos_id]}
 
 
@@ -734,6 +744,7 @@ def load_problems(args):
     named = {"train", "dev"} <= {p.get("split") for p in records}
     split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
+    train = random.Random(0).sample(train, args.train_size) if 0 < args.train_size < len(train) else train
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     plain = lambda problem: " ".join(problem["question"].lower().split())
@@ -752,10 +763,26 @@ def prepare(args):
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
             "responses as long will be cut off")
-    first = (train or test)[0]
-    print_ids("first prompt", first["prompt"], tokenizer)
-    print_ids("its demonstration", first["response"], tokenizer)
+    shown, bos = (train or test)[0], tokenizer.bos_ids
+    begins = f"begins with the BOS {tokenizer.decode(bos)}" if bos and shown["prompt"][:len(bos)] == bos else "no BOS"
+    print_ids(f"first prompt ({begins})", shown["prompt"], tokenizer)
+    print_ids("its demonstration", shown["response"], tokenizer)
     return policy, tokenizer, train, dev, test
+
+
+def chat(question, args):
+    """The messages that ask a question: the system's, if one is given, and the user's."""
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def encode_prompt(question, paper, tokenizer, args, header=""):
+    """Ids of what a response goes on from: the paper's text or that of --prompt, with {question} in it, after the BOS that the
+    checkpoint may begin with; or its chat template. header: how the response begins."""
+    if args.prompt == "chat":
+        return tokenizer.encode_chat(chat(question, args), header)
+    text = paper if args.prompt == "paper" else args.prompt.replace("\\n", "\n")
+    return tokenizer.encode_prompt(text.replace("{question}", question) + header)
 
 
 def fits(problems, policy, args):
@@ -772,13 +799,31 @@ def initial_policy(args):
     """The policy before any training, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
     torch.manual_seed(args.seed)
     if args.model:
-        policy, tokenizer = load_checkpoint(args.model)
+        policy, tokenizer = load_checkpoint(find_model(args.model))
         GPT.compiled = args.compile and args.device == "cuda"
     else:
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     return policy.to(args.device), tokenizer
+
+
+@functools.cache
+def find_model(name):
+    """The folder of a checkpoint: name itself where it is one, else as a hub id (Qwen/Qwen2.5-0.5B, gpt2, ID@REVISION) from
+    huggingface_hub's cache, to which it downloads what is missing. InputError where there is neither."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
+        return name                                                  # load_checkpoint says what is wrong with it
+    repository, _, revision = name.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(repository, revision=revision or None, allow_patterns=[
+            "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+            "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+    except ImportError:
+        raise InputError(f"--model {name}: no such folder; a hub id needs huggingface_hub (pip install huggingface_hub)") from None
+    except (OSError, ValueError) as error:                           # not on the hub, no access, not reached and not cached
+        raise InputError(f"--model {name}: no such folder, nor to be had from the hub: {' '.join(str(error).split())}") from None
 
 
 # ==== numbers =================================================================================================================
@@ -949,12 +994,13 @@ def announced(text, problem, strict=False):
     return rest if strict else found
 
 
-def in_form(text, problem):
+def in_form(text, problem, args):
     """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
-    nothing else, behind the TRIGGER. A program has one form."""
+    nothing else, behind the TRIGGER, or in a box too where --prompt or --system ask for one. A program has one form."""
     if problem.get("header") or "gold" not in problem:
         return True
-    gold, found = problem["gold"], announced(text, problem, strict=True)
+    gold, boxes = problem["gold"], "\\boxed" in args.prompt + args.system
+    found = last_box(text) if boxes else announced(text, problem, strict=True)
     if found is None or is_latex(gold):
         return found is not None
     return len(found) == 1 if isinstance(gold, str) else read_float(found) is not None
@@ -1055,7 +1101,7 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     with phase("check"):
         answers = read_answers(texts, problems, args)
         outcomes = reward(answers, problems, args)
-    strict = (outcomes == 1) & torch.tensor([in_form(text, problem) for text, problem in zip(texts, problems)])
+    strict = (outcomes == 1) & torch.tensor([in_form(text, problem, args) for text, problem in zip(texts, problems)])
     return data | {"outcomes": outcomes.to(tokens.device), "strict": strict.to(tokens.device)}, texts, answers
 
 
@@ -1096,7 +1142,7 @@ def evaluate(policy, problems, tokenizer, args, temperature=0):
     """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise. Of several test files
     also what was right in each."""
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
-    for batch in tqdm(in_batches(problems, args), "evaluation", disable=None, leave=False):
+    for batch in progress(in_batches(problems, args), "evaluation", args):
         measured, text = attempt(policy, batch, tokenizer, args, temperature)
         for name, values in measured.items():
             found.setdefault(name, []).extend(values)
@@ -1231,12 +1277,35 @@ def draw(items, size, step, seed):
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
+SCHEDULED = "sft", "offline-st", "staged", "score", "no-shaping", "star", "pair"      # methods that look at --iterations all along
 
 
 def on_signal(number, frame):
     """The first Ctrl-C or SIGTERM lets the step at hand end, so that the run is saved; a second one ends it at once."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)
+    with suppress(OSError, RuntimeError):                            # a closed screen; a line that this one has broken into
+        print("stopping after this step; once more: at once, without saving", file=sys.stderr, flush=True)
+
+
+def stop(where, args):
+    """Ends a run that a signal stopped, with the command that goes on with it."""
+    command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+    fail(f"stopped{where} in {args.out}; go on with: {command}", 128 + STOP[0])
+
+
+def progress(items, what, args, done=0, total=None):
+    """The items, behind a bar; where there is no terminal, with a line each minute. After a signal there is no next one."""
+    bar = tqdm(items, what, initial=done, total=total, disable=None, leave=False)
+    total, first, began, said = len(items) if total is None else total, done, time.time(), time.time()
+    for item in bar:
+        if STOP:
+            stop(f" in the {what}; what was saved last is kept", args)
+        yield item
+        done, now = done + 1, time.time()
+        if bar.disable and now > said + 60:
+            said, left = now, (now - began) / (done - first) * (total - done)
+            say(f"{what} {done}/{total}  ETA {left // 60:.0f}:{left % 60:02.0f}")
 
 
 def say(text):
@@ -1272,13 +1341,14 @@ def run_info(args):
             "threads": torch.get_num_threads(), "commit": commit,
             "clean": bool(commit) and not shell("git status --porcelain").stdout,
             "inputs": {name: [fingerprint(file) for file in path.split(",")] if name == "eval_data"
-                       else fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
+                       else fingerprint(find_model(path) if name == "model" else path)
+                       for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
 
 
 def fingerprint(path):
     """A hash of a file, or of a checkpoint folder's files."""
     path, digest = Path(path), hashlib.sha256()
-    for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors")) if path.is_dir() else [path]:
+    for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".jinja", ".safetensors")) if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
@@ -1314,19 +1384,24 @@ def open_run(args):
                              f"({type(error).__name__}: {str(error)[:80]!r})") from None
         for name, value in info["args"].items():
             flag = f"--{name.replace('_', '-')}"
-            if name not in ("resume", "out") and flags.get(name) != value:
+            longer = name == "iterations" and value > flags.get(name, value) and not args.method.startswith(SCHEDULED)
+            if name not in ("resume", "out", "tensorboard") and flags.get(name) != value and not longer:
                 raise InputError(f"{out}: {flag} was {flags.get(name)!r} in this run, not {value!r}")
             if inputs.get(name) != info["inputs"].get(name):
                 raise InputError(f"{out}: what {flag} {value} holds has changed since the run began")
-    else:
-        write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+        info = before | {"args": flags | {"iterations": args.iterations}}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
         raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
+    if "after" in state and state["step"] < args.iterations:         # a finished run goes on: its last line goes, the state first
+        state["log_lines"] -= 1
+        del state["after"]
+        write_whole(out / "state.pt", lambda path: torch.save(state, path))
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
+    write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
     return state
 
 
@@ -1356,8 +1431,7 @@ def resumable(total, every, modules, optimizer, state, args):
             save_run(modules, optimizer, state, args)
             saved = time.time()
         if STOP:
-            command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
-            fail(f"stopped; saved in {args.out}; go on with: {command}", 128 + STOP[0])
+            stop("; saved", args)
 
 
 @contextmanager
@@ -1371,15 +1445,38 @@ def located(where, args):
 
 def write_log(record, state, args):
     """Appends one line to log.jsonl; a number that is not finite (the explained variance of equal returns) becomes null."""
+    if args.tensorboard:
+        write_events(record, args)
     plain = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
     with open(Path(args.out) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(plain) + "\n")
     state["log_lines"] += 1
 
 
+def write_events(record, args):
+    """The numbers of a log line as TensorBoard's events in the folder events/, those of the test set under their own heading."""
+    writer, iteration = event_writer(Path(args.out)), record["event"] == "iteration"
+    step = record["iteration"] if iteration else 0 if record["event"] == "warmup" else args.iterations
+    for name, value in record.items():
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
+        for place, number in parts:
+            if isinstance(number, (int, float)):
+                writer.add_scalar("/".join(filter(None, ("" if iteration else "test", name, str(place)))), number, step)
+    writer.flush()
+
+
+@functools.cache
+def event_writer(out):
+    """What a stopped process wrote of iterations that the log no longer has is put aside."""
+    from torch.utils.tensorboard import SummaryWriter
+    logged = sum(json.loads(line)["event"] == "iteration" for line in open(out / "log.jsonl", encoding="utf-8"))
+    return SummaryWriter(out / "events", purge_step=logged + 1 if logged else 0)
+
+
 SHOWN = {"accuracy": "acc", "t1": "t1", "t2": "t2", "outcome": "reward", "kl": "kl", "response_length": "len", "loss": "loss",
          "policy_loss": "pg", "value_loss": "vf", "kl_loss": "klloss", "clip_frac": "clip", "explained_variance": "ev",
-         "grad_norm": "grad", "truncated": "cut", "dev_accuracy": "dev"}
+         "grad_norm": "grad", "truncated": "cut", "unparsed": "unread",
+         "dev_accuracy": "dev"}
 
 
 def show(record, state, args):
@@ -1427,17 +1524,19 @@ def figure(width, height):
 
 @phase("save")
 def plot(args):
-    """curves.png: the numbers of log.jsonl over the iterations."""
-    log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
+    """curves.png: the numbers of log.jsonl over the iterations, and at 0 what the warm-up model has on the test problems."""
+    log = list(map(json.loads, open(Path(args.out) / "log.jsonl")))
+    warm, log = [[record for record in log if record["event"] == event] for event in ("warmup", "iteration")]
     panels = list(filter(None, [[key for key in keys if any(key in record for record in log)] for keys in PANELS]))
     picture = figure(14, 2.6 * math.ceil(len(panels) / 4))
     for i, keys in enumerate(panels):
         axes = picture.add_subplot(math.ceil(len(panels) / 4), 4, i + 1, title=", ".join(keys))
         for key in keys:
-            points = [(r["iteration"], r[key]) for r in log if r.get(key) is not None]
-            axes.plot(*zip(*points), marker="." if key.startswith("dev_") else "", label=key)
-        if len(keys) > 1:
-            axes.legend()
+            points = [(r["iteration"], r[key]) for r in log if r.get(key) is not None] or [(math.nan, math.nan)]
+            line, *_ = axes.plot(*zip(*points), marker="." if key.startswith("dev_") else "", label=key)
+            if isinstance(warm[0].get(key), float):
+                axes.plot(0, warm[0][key], "*", color=line.get_color(), label=f"{key}: warm-up, test")
+        axes.legend(fontsize="small")
     picture.savefig(Path(args.out) / "curves.png", dpi=100)
 
 
@@ -1467,12 +1566,15 @@ def summarise(problems, state, args):
     summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
     summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state, args))
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
-    say(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f} on {problems} test "
-        f"problems (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {args.out}")
+    what, before, best = "evaluation", "", ""
+    if not args.evaluate_only:
+        what, before = args.method, f"{state['before']['accuracy']:.3f} -> "
+        best = f" (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']})"
+    say(f"{what}: accuracy {before}{state['after']['accuracy']:.3f} on {problems} test problems{best}; {args.out}")
     rates = {"rollouts_per_second": "{} rollouts/s", "tokens_per_second": "{} tokens/s", "mfu": "MFU of the updates {:.1%}",
              "peak_gib": "peak {} GiB"}
     say("seconds: " + ", ".join(f"{name} {value}" for name, value in cost["phases"].items()) + "; "
-        + ", ".join(text.format(cost[name]) for name, text in rates.items() if name in cost))
+        + ", ".join(text.format(cost[name]) for name, text in rates.items() if cost.get(name)))
 
 
 # ==== command line ============================================================================================================
@@ -1481,6 +1583,13 @@ def fail(message, status=2):
     """One line on stderr, and the exit status."""
     print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def settle(args):
+    """Of each flag whose default is a pair takes the one that counts."""
+    for f in fields(args):
+        if isinstance(value := getattr(args, f.name), tuple):
+            setattr(args, f.name, value[bool(args.train_data or args.eval_data)])
 
 
 def parse_args(argv=None):
@@ -1492,7 +1601,8 @@ def parse_args(argv=None):
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
-        text = texts[f.name].replace("%", "%%") + ("" if f.default == "" else f" (default: {f.default})")
+        default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
+        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -1505,18 +1615,30 @@ def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
     for f in fields(Args):
         value = getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "eval_size", "warmup_epochs", "iterations", "vote_k") else 1
+        may_be_0 = "seed", "eval_size", "train_size", "warmup_epochs", "iterations", "vote_k"
+        least = 0 if f.type is float or f.name in may_be_0 else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     nothing = not args.model
     conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the number of heads":
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
+                 "--tensorboard: the package is not installed (pip install tensorboard)":
+                     args.tensorboard and not importlib.util.find_spec("tensorboard"),
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+                 "--prompt needs `paper`, `chat` or a text with {question} in it":
+                     args.prompt not in ("paper", "chat") and "{question}" not in args.prompt,
+                 "--prompt needs data files: the built-in problems have a small vocabulary of their own":
+                     args.prompt != "paper" and not args.eval_data,
+                 "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together":
                      bool(args.train_data) != bool(args.eval_data) and not (args.evaluate_only and args.eval_data),
                  "--evaluate-only needs --model, the checkpoint to be tested": args.evaluate_only and nothing,
+                 "--eval-size 0 needs data files: there are as many built-in problems as you like":
+                     not args.eval_size and not args.eval_data,
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--train-size 0 needs --train-data: there are as many built-in problems as you like":
+                     not args.train_size and not args.eval_data,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}

@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11,<2.14", "triton>=3.6; platform_system == 'Linux'", "numpy", "safetensors", "tiktoken", "regex",
+#                 "tqdm", "matplotlib", "pytest", "pytest-xdist", "filelock", "pydantic-monty>=1.4", "rapidfuzz",
+#                 "math-verify", "huggingface_hub", "jinja2>=3.1.6"]
+# ///
 """SCoRe: Training Language Models to Self-Correct via Reinforcement Learning
 Aviral Kumar, Vincent Zhuang, Rishabh Agarwal, Yi Su and others; ICLR 2025, arXiv 2409.12917v2.
 
@@ -25,10 +31,10 @@ paper, its loop (main), its baselines, and last what all four scripts have in co
 
     python score.py                                               built-in problems, a small GPT from nothing, a few CPU minutes
     python score.py --method star --model runs/score-score-s0/warmup --warmup-epochs 0        a baseline, from the same warm-up
-    python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl --warmup-epochs 0 --lr 5e-6
-        --max-new-tokens 400                                      a pretrained checkpoint on GSM8K's files or ReFT's
-    python score.py --task code --model FOLDER --train-data mbpp.jsonl --eval-data HumanEval.jsonl --warmup-epochs 0 --lr 1e-5
-        --max-new-tokens 300                                      programs instead of answers
+    python score.py --model FOLDER --train-data train.jsonl --eval-data test.jsonl
+                                                                  a pretrained checkpoint on GSM8K's files or ReFT's
+    python score.py --task code --model FOLDER --train-data mbpp.jsonl --eval-data HumanEval.jsonl --lr 1e-5 --beta2 0.25
+                                                                  programs instead of answers
 """
 import argparse
 import atexit
@@ -71,13 +77,16 @@ METHODS = Literal["score", "multi-turn", "single-turn", "no-stage1", "no-shaping
 
 @dataclass
 class Args:
+    # a pair of defaults: for the built-in problems, and the paper's with --train-data
     # run
     method: METHODS = "score"        # the paper's own; five ablations; base, self-refine: untrained; the last four: supervised
     task: Literal["math", "code"] = "math"    # an answer; a program that passes tests, from files only
-    model: str = ""                  # folder of a pretrained checkpoint; empty: a small GPT from nothing
+    model: str = ""                  # folder of a pretrained checkpoint, or its hub id; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's or MATH's JSON lines, ReFT's list; code: MBPP's; empty: the built-in problems
     eval_data: str = ""              # test set in the same form, code: or HumanEval's; several: a,b; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), from files only
+    prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
+    system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
     seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
@@ -88,29 +97,29 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
-    train_size: int = 14000          # built-in training problems
+    train_size: int = (14000, 0)     # problems to train on; of a file so many rows, 0: all
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 4         # most
     operations_train: int = 4        # most of a built-in training problem, the fewest is 1
     # warm-up, on a linear schedule with 10 % warm-up steps
-    warmup_epochs: int = 4           # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
+    warmup_epochs: int = (4, 0)      # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
     warmup_batch_size: int = 16      # demonstrations an optimiser step
-    warmup_lr: float = 2e-3          # peak; 1e-5 for a pretrained model
+    warmup_lr: float = (2e-3, 1e-5)  # peak; 1e-5 for a pretrained model
     copies: float = 0.88             # share of built-in demonstrations of two turns whose y2 repeats y1
     wrong: float = 0.5               # share of their first attempts that announce a wrong answer
     wrong_again: float = 0.7         # share of their second ones, where they are no copy
     # reinforcement learning
-    iterations: int = 80             # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
+    iterations: int = (80, 3000)     # rollouts, each with its update, of both stages; paper: 3000 (MATH), 1500 (MBPP)
     stage1: float = 0.5              # share of the iterations that are stage I; not disclosed
-    batch_size: int = 64             # questions an iteration
+    batch_size: int = (64, 128)      # questions an iteration
     group_size: int = 4              # K, episodes of each; not disclosed. 64 * 4 = 256; paper: 512 (MATH), 128 (MBPP)
-    minibatch_size: int = 256        # rows an optimiser step, at least the whole rollout: it is used once, so there is no ratio
-    micro_batch_size: int = 64       # rows a forward pass: changes memory and speed, never the result
-    max_new_tokens: int = 36         # longest attempt, in each turn; not disclosed
-    lr: float = 2e-4                 # constant; supervised baselines: peak; paper: 5e-6 (MATH), 1e-5 (MBPP)
+    minibatch_size: int = (256, 512)  # rows an optimiser step, at least the whole rollout: used once, so there is no ratio
+    micro_batch_size: int = (64, 8)  # rows a forward pass: changes memory and speed, never the result
+    max_new_tokens: int = (36, 400)  # longest attempt, in each turn; not disclosed
+    lr: float = (2e-4, 5e-6)         # constant; supervised baselines: peak; paper: 5e-6 (MATH), 1e-5 (MBPP)
     alpha: float = 10.0              # of the bonus; paper: 10
     beta1: float = 0.01              # KL weight of both turns, in stage I of the second; paper: 0.01
-    beta2: float = 0.5               # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP), of longer responses
+    beta2: float = (0.5, 0.1)        # KL weight of the first turn in stage I; paper: 0.1 (MATH), 0.25 (MBPP)
     gamma: float = 0.0               # share of R2 that y1 gets in stage II; paper: 0 (0.8 with alpha 1 collapsed)
     turn2_weight: float = 1.0        # factor on y2's advantages in stage II; with no-shaping, 11 is like alpha = 10 on average
     kl_mode: Literal["loss", "reward"] = "loss"    # exact KL in the loss; sampled log-ratio in the reward; not disclosed
@@ -124,13 +133,14 @@ class Args:
     vote_k: int = 0                  # vote among 2, 4, 8 .. 2 * so many first attempts, or half as many corrections; paper: 16
     strict: bool = False             # read answers as ReFT's authors do: a bare float() of all that follows "the answer is:"
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
-    eval_every: int = 10             # iterations between greedy evaluations on the dev split; t1 + t2 (single-turn: t1) chooses
-    eval_size: int = 0               # at most so many dev problems, and of each test set; 0: all in the files, 1000 built-in ones
+    eval_every: int = (10, 50)       # iterations between greedy evaluations on the dev split; t1 + t2 (single-turn: t1) chooses
+    eval_size: int = (1000, 0)       # at most so many dev problems, and of each test set; 0: all in the files
     save_every: int = 10             # iterations between saved states
+    tensorboard: bool = False        # write the log as TensorBoard's events, too, into the run folder's events/
 
     def __post_init__(self):
+        settle(self)
         self.iterations = 0 if self.method in ("base", "self-refine") else self.iterations
-        self.eval_size = self.eval_size or (0 if self.eval_data else 1000)
         rows, programs = self.batch_size * self.group_size, (self.task == "code") + (self.cot == "program")
         conflicts = {f"--{name.replace('_', '-')} {getattr(self, name)}: is a share, at most 1": getattr(self, name) > 1
                      for name in ("stage1", "offline_fraction", "copies", "wrong", "wrong_again")} | {
@@ -146,11 +156,6 @@ class Args:
                 raise InputError(message)
         if programs:
             run_programs([])                 # InputError where none can be run
-
-
-PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
-ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
-TRIGGER = ANSWER                          # announces a response's answer: the last one, of built-in problems the first
 
 
 # ==== the paper ===============================================================================================================
@@ -179,13 +184,18 @@ def two_turns(policy, problems, tokenizer, args, temperature=1.0):
     right. A problem may bring the "first" attempt, written by another model; it is taken instead of a new one."""
     written = iter(one_turn(policy, [p for p in problems if "first" not in p], tokenizer, args, temperature))
     first = [p["first"] if "first" in p else next(written) for p in problems]
-    corrected = [p | {"prompt": p["prompt"] + y1["ids"] + p["again"]} for p, y1 in zip(problems, first)]
+    corrected = [p | {"prompt": p["prompt"] + y1["ids"] + between(p, y1)} for p, y1 in zip(problems, first)]
     return first, one_turn(policy, corrected, tokenizer, args, temperature)
+
+
+def between(problem, y1):
+    """What stands between the two attempts: p1, after the end of a turn that y1 had no room for."""
+    return ([] if y1["ended"] else problem["close"]) + problem["again"]
 
 
 def turn_rows(policy, problems, first, second):
     """Episodes as rows [x1 | y1 | p1 | y2 | pad]: tokens (B, T), turn1_mask and turn2_mask (B, T-1), the tokens of y1 and of y2."""
-    parts = [(p["prompt"], y1["ids"], p["again"], y2["ids"]) for p, y1, y2 in zip(problems, first, second)]
+    parts = [(p["prompt"], y1["ids"], between(p, y1), y2["ids"]) for p, y1, y2 in zip(problems, first, second)]
     marked = lambda row, turn: [i == turn for i, part in enumerate(row) for _ in part]
     turn1, turn2 = [pack([(sum(row, []), marked(row, turn)) for row in parts], policy) for turn in (1, 3)]
     return turn1["tokens"], turn1["response_mask"], turn2["response_mask"]
@@ -354,11 +364,12 @@ def warm_up(policy, rows, tokenizer, state, args):
     if "warmup_steps" not in state:
         optimizer = adamw([policy], args.warmup_lr)
         steps = resumable(total, 0, {"policy": policy}, optimizer, state, args)
-        for step in tqdm(steps, "warm-up", initial=state["step"], total=total, disable=None, leave=False):
+        for step in progress(steps, "warm-up", args, state["step"], total):
             with located(f"warm-up step {step}", args):
                 loss = sft_step(policy, rows, optimizer, step, total, args.seed, args)["loss"]
             state["loss"] = loss if step == 1 else 0.99 * state["loss"] + 0.01 * loss
-        save_checkpoint(folder, policy, tokenizer)
+        with phase("save"):
+            save_checkpoint(folder, policy, tokenizer)
         state |= {"warmup_steps": total, "step": 0}
     return load_checkpoint(folder)[0].to(args.device)
 
@@ -375,7 +386,7 @@ def sft_update(policy, rows, optimizer, iteration, steps, args):
 def draw_traces(policy, batches, tokenizer, args):
     """Two-turn traces at temperature 1, [(problem, y1, y2)], and a dict to log."""
     traces = []
-    for batch in tqdm(batches, "traces", disable=None, leave=False):
+    for batch in progress(batches, "traces", args):
         problems = [p for p in batch for _ in range(args.group_size)]
         traces += zip(problems, *two_turns(policy, problems, tokenizer, args))
     found = turn_measures(*list(zip(*traces))[1:])
@@ -392,7 +403,7 @@ def trace_rows(traces, rng, args):
         if "pair" in args.method and right[problem["question"]]:
             y2 = rng.choice(right[problem["question"]])
         if y2["outcome"] == 1 and (y1["outcome"] == 0 or "plus" in args.method):
-            rows.append(sft_row({"prompt": problem["prompt"] + y1["ids"] + problem["again"], "response": y2["ids"]}))
+            rows.append(sft_row({"prompt": problem["prompt"] + y1["ids"] + between(problem, y1), "response": y2["ids"]}))
     return rows
 
 
@@ -538,7 +549,7 @@ def vote_curves(policy, problems, tokenizer, args):
     to args.vote_k, temperature 0.7."""
     torch.manual_seed(args.seed)
     K, chosen = args.vote_k, {}                                      # {name: the winner for each problem}
-    for i in tqdm(range(0, len(problems), args.batch_size), "votes", disable=None, leave=False):
+    for i in progress(range(0, len(problems), args.batch_size), "votes", args):
         batch = problems[i:i + args.batch_size]
         first = one_turn(policy, [p for p in batch for _ in range(2 * K)], tokenizer, args, 0.7)
         kept = [p | {"first": first[2 * K * j + k]} for j, p in enumerate(batch) for k in range(K)]
@@ -564,7 +575,7 @@ def plot_turns(state, args):
         axes.plot([record["iteration"] for record in shown], [record[name] for record in shown], style, label=name)
     boundary = sum(stage_of(i, args) == 1 for i in range(1, args.iterations + 1)) + 0.5
     axes.axvline(boundary, color="gray", linestyle=":", label="stage II")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=5, fontsize="small")     # below, where no curve is
     axes = picture.add_subplot(1, panels, 2, title="test problems", xlabel="edit ratio of the two attempts")
     for i, name in enumerate(("before", "after")):
         axes.bar([0.1 * tenth + 0.03 + 0.04 * i for tenth in range(10)], state[name]["edit_histogram"], 0.04, label=name)
@@ -580,6 +591,9 @@ def plot_turns(state, args):
 
 # ==== the task: problems, prompts, answers ====================================================================================
 
+PROMPT = "Question:\n{question}\nAnswer reasoning:\n"
+ANSWER = "\nTherefore, the answer is: "   # closes a rationale in words, followed by the answer
+TRIGGER = ANSWER                          # the last one in a response announces its answer
 FORM = ('At the end of the Solution, when you give your final answer, write it on a line of its own in the form '
         '"Therefore, the answer is: answer".')
 ERROR = ("\nThere might be an error in the {} above because of lack of understanding of the question. Please correct the error, "
@@ -690,17 +704,23 @@ def parse_record(raw, args):
 
 def encode_problem(problem, tokenizer, args):
     """Adds the ids of "prompt", x1; of "again", p1; of "response", the demonstration with its end token; "header": a program's
-    first lines, with which both prompts end; "room": how many tokens an episode may add to the prompt."""
+    first lines, with which both prompts end; "close": what ends a first attempt that ran out of room; "room": how many tokens an
+    episode may add to the prompt. In a chat p1 is the user's second message, without the line that the response goes on from."""
     before, again, refine = turns(args)
     again = refine if args.method == "self-refine" else again
     program = args.cot == "program"
-    header = program_header(problem["question"]) if program else ""
-    prompt = (CODE_PROMPT if args.task == "code" else PROMPT).format(question=problem["question"])
-    whole = program or args.task == "code" or not args.train_data                        # built-in ones begin with the answer
+    header, question = program_header(problem["question"]) if program else "", problem["question"]
+    whole = program or args.task == "code" or problem.get("answer_first")               # built-in ones begin with the answer
     response = problem["cot"] if whole else f"{problem['cot']}{ANSWER}{problem['answer']}"
-    again = tokenizer.encode(again + header)
-    return problem | {"prompt": tokenizer.encode_prompt(before + prompt + header), "again": again, "header": header,
-                      "response": tokenizer.encode(response) + [tokenizer.eos_id], "room": len(again) + 2 * args.max_new_tokens}
+    if args.prompt == "chat":
+        question, request = before + question, again.strip().rpartition("\n")[0]
+        talk = [*chat(question, args), {"role": "assistant", "content": None}, {"role": "user", "content": request}]
+        again, close, paper = tokenizer.encode_chat(talk, header), [tokenizer.eos_id], ""
+    else:
+        again, close, paper = tokenizer.encode(again + header), [], before + (CODE_PROMPT if args.task == "code" else PROMPT)
+    return problem | {"prompt": encode_prompt(question, paper, tokenizer, args, header), "again": again, "header": header,
+                      "response": tokenizer.encode(response) + [tokenizer.eos_id], "close": close,
+                      "room": len(close + again) + 2 * args.max_new_tokens}
 
 
 def read_answers(texts, problems, args):
@@ -999,6 +1019,7 @@ def load_problems(args):
     named = {"train", "dev"} <= {p.get("split") for p in records}
     split = lambda p: p["split"] if named else "dev" if p["question"] in held_out else "train"
     dev, train = [p for p in records if split(p) == "dev"], [p for p in records if split(p) == "train" and p["cot"]]
+    train = random.Random(0).sample(train, args.train_size) if 0 < args.train_size < len(train) else train
     if not train or not dev:
         raise InputError(f"{args.train_data}: too few records with a rationale for a training and a dev split")
     plain = lambda problem: " ".join(problem["question"].lower().split())
@@ -1017,10 +1038,26 @@ def prepare(args):
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
             "responses as long will be cut off")
-    first = (train or test)[0]
-    print_ids("first prompt", first["prompt"], tokenizer)
-    print_ids("its demonstration", first["response"], tokenizer)
+    shown, bos = (train or test)[0], tokenizer.bos_ids
+    begins = f"begins with the BOS {tokenizer.decode(bos)}" if bos and shown["prompt"][:len(bos)] == bos else "no BOS"
+    print_ids(f"first prompt ({begins})", shown["prompt"], tokenizer)
+    print_ids("its demonstration", shown["response"], tokenizer)
     return policy, tokenizer, train, dev, test
+
+
+def chat(question, args):
+    """The messages that ask a question: the system's, if one is given, and the user's."""
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def encode_prompt(question, paper, tokenizer, args, header=""):
+    """Ids of what a response goes on from: the paper's text or that of --prompt, with {question} in it, after the BOS that the
+    checkpoint may begin with; or its chat template. header: how the response begins."""
+    if args.prompt == "chat":
+        return tokenizer.encode_chat(chat(question, args), header)
+    text = paper if args.prompt == "paper" else args.prompt.replace("\\n", "\n")
+    return tokenizer.encode_prompt(text.replace("{question}", question) + header)
 
 
 def fits(problems, policy, args):
@@ -1037,13 +1074,31 @@ def initial_policy(args):
     """The policy before any training, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
     torch.manual_seed(args.seed)
     if args.model:
-        policy, tokenizer = load_checkpoint(args.model)
+        policy, tokenizer = load_checkpoint(find_model(args.model))
         GPT.compiled = args.compile and args.device == "cuda"
     else:
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     return policy.to(args.device), tokenizer
+
+
+@functools.cache
+def find_model(name):
+    """The folder of a checkpoint: name itself where it is one, else as a hub id (Qwen/Qwen2.5-0.5B, gpt2, ID@REVISION) from
+    huggingface_hub's cache, to which it downloads what is missing. InputError where there is neither."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
+        return name                                                  # load_checkpoint says what is wrong with it
+    repository, _, revision = name.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(repository, revision=revision or None, allow_patterns=[
+            "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+            "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+    except ImportError:
+        raise InputError(f"--model {name}: no such folder; a hub id needs huggingface_hub (pip install huggingface_hub)") from None
+    except (OSError, ValueError) as error:                           # not on the hub, no access, not reached and not cached
+        raise InputError(f"--model {name}: no such folder, nor to be had from the hub: {' '.join(str(error).split())}") from None
 
 
 # ==== numbers =================================================================================================================
@@ -1214,12 +1269,13 @@ def announced(text, problem, strict=False):
     return rest if strict else found
 
 
-def in_form(text, problem):
+def in_form(text, problem, args):
     """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
-    nothing else, behind the TRIGGER. A program has one form."""
+    nothing else, behind the TRIGGER, or in a box too where --prompt or --system ask for one. A program has one form."""
     if problem.get("header") or "gold" not in problem:
         return True
-    gold, found = problem["gold"], announced(text, problem, strict=True)
+    gold, boxes = problem["gold"], "\\boxed" in args.prompt + args.system
+    found = last_box(text) if boxes else announced(text, problem, strict=True)
     if found is None or is_latex(gold):
         return found is not None
     return len(found) == 1 if isinstance(gold, str) else read_float(found) is not None
@@ -1320,7 +1376,7 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     with phase("check"):
         answers = read_answers(texts, problems, args)
         outcomes = reward(answers, problems, args)
-    strict = (outcomes == 1) & torch.tensor([in_form(text, problem) for text, problem in zip(texts, problems)])
+    strict = (outcomes == 1) & torch.tensor([in_form(text, problem, args) for text, problem in zip(texts, problems)])
     return data | {"outcomes": outcomes.to(tokens.device), "strict": strict.to(tokens.device)}, texts, answers
 
 
@@ -1361,7 +1417,7 @@ def evaluate(policy, problems, tokenizer, args, temperature=0):
     """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise. Of several test files
     also what was right in each."""
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
-    for batch in tqdm(in_batches(problems, args), "evaluation", disable=None, leave=False):
+    for batch in progress(in_batches(problems, args), "evaluation", args):
         measured, text = attempt(policy, batch, tokenizer, args, temperature)
         for name, values in measured.items():
             found.setdefault(name, []).extend(values)
@@ -1496,12 +1552,35 @@ def draw(items, size, step, seed):
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
+SCHEDULED = "sft", "offline-st", "staged", "score", "no-shaping", "star", "pair"      # methods that look at --iterations all along
 
 
 def on_signal(number, frame):
     """The first Ctrl-C or SIGTERM lets the step at hand end, so that the run is saved; a second one ends it at once."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)
+    with suppress(OSError, RuntimeError):                            # a closed screen; a line that this one has broken into
+        print("stopping after this step; once more: at once, without saving", file=sys.stderr, flush=True)
+
+
+def stop(where, args):
+    """Ends a run that a signal stopped, with the command that goes on with it."""
+    command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+    fail(f"stopped{where} in {args.out}; go on with: {command}", 128 + STOP[0])
+
+
+def progress(items, what, args, done=0, total=None):
+    """The items, behind a bar; where there is no terminal, with a line each minute. After a signal there is no next one."""
+    bar = tqdm(items, what, initial=done, total=total, disable=None, leave=False)
+    total, first, began, said = len(items) if total is None else total, done, time.time(), time.time()
+    for item in bar:
+        if STOP:
+            stop(f" in the {what}; what was saved last is kept", args)
+        yield item
+        done, now = done + 1, time.time()
+        if bar.disable and now > said + 60:
+            said, left = now, (now - began) / (done - first) * (total - done)
+            say(f"{what} {done}/{total}  ETA {left // 60:.0f}:{left % 60:02.0f}")
 
 
 def say(text):
@@ -1537,13 +1616,14 @@ def run_info(args):
             "threads": torch.get_num_threads(), "commit": commit,
             "clean": bool(commit) and not shell("git status --porcelain").stdout,
             "inputs": {name: [fingerprint(file) for file in path.split(",")] if name == "eval_data"
-                       else fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
+                       else fingerprint(find_model(path) if name == "model" else path)
+                       for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
 
 
 def fingerprint(path):
     """A hash of a file, or of a checkpoint folder's files."""
     path, digest = Path(path), hashlib.sha256()
-    for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors")) if path.is_dir() else [path]:
+    for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".jinja", ".safetensors")) if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
@@ -1579,19 +1659,24 @@ def open_run(args):
                              f"({type(error).__name__}: {str(error)[:80]!r})") from None
         for name, value in info["args"].items():
             flag = f"--{name.replace('_', '-')}"
-            if name not in ("resume", "out") and flags.get(name) != value:
+            longer = name == "iterations" and value > flags.get(name, value) and not args.method.startswith(SCHEDULED)
+            if name not in ("resume", "out", "tensorboard") and flags.get(name) != value and not longer:
                 raise InputError(f"{out}: {flag} was {flags.get(name)!r} in this run, not {value!r}")
             if inputs.get(name) != info["inputs"].get(name):
                 raise InputError(f"{out}: what {flag} {value} holds has changed since the run began")
-    else:
-        write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+        info = before | {"args": flags | {"iterations": args.iterations}}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
         raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
+    if "after" in state and state["step"] < args.iterations:         # a finished run goes on: its last line goes, the state first
+        state["log_lines"] -= 1
+        del state["after"]
+        write_whole(out / "state.pt", lambda path: torch.save(state, path))
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
+    write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
     return state
 
 
@@ -1621,8 +1706,7 @@ def resumable(total, every, modules, optimizer, state, args):
             save_run(modules, optimizer, state, args)
             saved = time.time()
         if STOP:
-            command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
-            fail(f"stopped; saved in {args.out}; go on with: {command}", 128 + STOP[0])
+            stop("; saved", args)
 
 
 @contextmanager
@@ -1636,15 +1720,38 @@ def located(where, args):
 
 def write_log(record, state, args):
     """Appends one line to log.jsonl; a number that is not finite (the explained variance of equal returns) becomes null."""
+    if args.tensorboard:
+        write_events(record, args)
     plain = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
     with open(Path(args.out) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(plain) + "\n")
     state["log_lines"] += 1
 
 
+def write_events(record, args):
+    """The numbers of a log line as TensorBoard's events in the folder events/, those of the test set under their own heading."""
+    writer, iteration = event_writer(Path(args.out)), record["event"] == "iteration"
+    step = record["iteration"] if iteration else 0 if record["event"] == "warmup" else args.iterations
+    for name, value in record.items():
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
+        for place, number in parts:
+            if isinstance(number, (int, float)):
+                writer.add_scalar("/".join(filter(None, ("" if iteration else "test", name, str(place)))), number, step)
+    writer.flush()
+
+
+@functools.cache
+def event_writer(out):
+    """What a stopped process wrote of iterations that the log no longer has is put aside."""
+    from torch.utils.tensorboard import SummaryWriter
+    logged = sum(json.loads(line)["event"] == "iteration" for line in open(out / "log.jsonl", encoding="utf-8"))
+    return SummaryWriter(out / "events", purge_step=logged + 1 if logged else 0)
+
+
 SHOWN = {"accuracy": "acc", "t1": "t1", "t2": "t2", "outcome": "reward", "kl": "kl", "response_length": "len", "loss": "loss",
          "policy_loss": "pg", "value_loss": "vf", "kl_loss": "klloss", "clip_frac": "clip", "explained_variance": "ev",
-         "grad_norm": "grad", "truncated": "cut", "dev_accuracy": "dev"}
+         "grad_norm": "grad", "truncated": "cut", "unparsed": "unread",
+         "dev_accuracy": "dev"}
 
 
 def show(record, state, args):
@@ -1692,17 +1799,19 @@ def figure(width, height):
 
 @phase("save")
 def plot(args):
-    """curves.png: the numbers of log.jsonl over the iterations."""
-    log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
+    """curves.png: the numbers of log.jsonl over the iterations, and at 0 what the warm-up model has on the test problems."""
+    log = list(map(json.loads, open(Path(args.out) / "log.jsonl")))
+    warm, log = [[record for record in log if record["event"] == event] for event in ("warmup", "iteration")]
     panels = list(filter(None, [[key for key in keys if any(key in record for record in log)] for keys in PANELS]))
     picture = figure(14, 2.6 * math.ceil(len(panels) / 4))
     for i, keys in enumerate(panels):
         axes = picture.add_subplot(math.ceil(len(panels) / 4), 4, i + 1, title=", ".join(keys))
         for key in keys:
-            points = [(r["iteration"], r[key]) for r in log if r.get(key) is not None]
-            axes.plot(*zip(*points), marker="." if key.startswith("dev_") else "", label=key)
-        if len(keys) > 1:
-            axes.legend()
+            points = [(r["iteration"], r[key]) for r in log if r.get(key) is not None] or [(math.nan, math.nan)]
+            line, *_ = axes.plot(*zip(*points), marker="." if key.startswith("dev_") else "", label=key)
+            if isinstance(warm[0].get(key), float):
+                axes.plot(0, warm[0][key], "*", color=line.get_color(), label=f"{key}: warm-up, test")
+        axes.legend(fontsize="small")
     picture.savefig(Path(args.out) / "curves.png", dpi=100)
 
 
@@ -1732,12 +1841,15 @@ def summarise(problems, state, args):
     summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
     summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state, args))
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
-    say(f"{args.method}: accuracy {state['before']['accuracy']:.3f} -> {state['after']['accuracy']:.3f} on {problems} test "
-        f"problems (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']}); {args.out}")
+    what, before, best = "evaluation", "", ""
+    if not args.evaluate_only:
+        what, before = args.method, f"{state['before']['accuracy']:.3f} -> "
+        best = f" (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']})"
+    say(f"{what}: accuracy {before}{state['after']['accuracy']:.3f} on {problems} test problems{best}; {args.out}")
     rates = {"rollouts_per_second": "{} rollouts/s", "tokens_per_second": "{} tokens/s", "mfu": "MFU of the updates {:.1%}",
              "peak_gib": "peak {} GiB"}
     say("seconds: " + ", ".join(f"{name} {value}" for name, value in cost["phases"].items()) + "; "
-        + ", ".join(text.format(cost[name]) for name, text in rates.items() if name in cost))
+        + ", ".join(text.format(cost[name]) for name, text in rates.items() if cost.get(name)))
 
 
 # ==== command line ============================================================================================================
@@ -1746,6 +1858,13 @@ def fail(message, status=2):
     """One line on stderr, and the exit status."""
     print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def settle(args):
+    """Of each flag whose default is a pair takes the one that counts."""
+    for f in fields(args):
+        if isinstance(value := getattr(args, f.name), tuple):
+            setattr(args, f.name, value[bool(args.train_data or args.eval_data)])
 
 
 def parse_args(argv=None):
@@ -1757,7 +1876,8 @@ def parse_args(argv=None):
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
-        text = texts[f.name].replace("%", "%%") + ("" if f.default == "" else f" (default: {f.default})")
+        default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
+        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -1770,18 +1890,30 @@ def check_args(args):
     """InputError for values that are impossible in any of the scripts."""
     for f in fields(Args):
         value = getattr(args, f.name)
-        least = 0 if f.type is float or f.name in ("seed", "eval_size", "warmup_epochs", "iterations", "vote_k") else 1
+        may_be_0 = "seed", "eval_size", "train_size", "warmup_epochs", "iterations", "vote_k"
+        least = 0 if f.type is float or f.name in may_be_0 else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     nothing = not args.model
     conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the number of heads":
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
+                 "--tensorboard: the package is not installed (pip install tensorboard)":
+                     args.tensorboard and not importlib.util.find_spec("tensorboard"),
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+                 "--prompt needs `paper`, `chat` or a text with {question} in it":
+                     args.prompt not in ("paper", "chat") and "{question}" not in args.prompt,
+                 "--prompt needs data files: the built-in problems have a small vocabulary of their own":
+                     args.prompt != "paper" and not args.eval_data,
+                 "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together":
                      bool(args.train_data) != bool(args.eval_data) and not (args.evaluate_only and args.eval_data),
                  "--evaluate-only needs --model, the checkpoint to be tested": args.evaluate_only and nothing,
+                 "--eval-size 0 needs data files: there are as many built-in problems as you like":
+                     not args.eval_size and not args.eval_data,
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
+                 "--train-size 0 needs --train-data: there are as many built-in problems as you like":
+                     not args.train_size and not args.eval_data,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}

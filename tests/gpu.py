@@ -54,7 +54,7 @@ SHAPES = {"SmolLM2-135M": dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head
 BATCHES, GROUP, PROMPT, NEW, ROWS, MICRO = (64, 256, 1024), 8, 100, 256, 256, 32     # ROWS: of an iteration, MICRO: of a pass
 RUN_FLAGS, KERNEL_TESTS = [], ["-n", "6"] if importlib.util.find_spec("xdist") else []
 TRAIN_FLAGS = ("--warmup-epochs 3 --warmup-batch-size 32 --warmup-lr 2e-4 --micro-batch-size 128 --batch-size 256 "
-               "--minibatch-size 256 --lr 5e-6 --kl-coef 0.02 --max-new-tokens 128 --eval-every 10 --eval-size 300 "
+               "--minibatch-size 256 --lr 5e-6 --kl-coef 0.02 --vf-coef 1 --max-new-tokens 128 --eval-every 10 --eval-size 300 "
                "--iterations 100000").split()
 if not CUDA:
     SHAPES = {"toy Llama": dict(vocab_size=512, n_layer=2, n_head=4, n_kv_head=2, n_embd=64),

@@ -166,6 +166,65 @@ CHECKPOINTS = dict(
 )
 
 
+# name: (tokenizer, chat template, its named tokens): markers and a default system text, with whitespace control; a BOS, trimmed
+# contents and loop controls; brackets around a question, no token before it, and a space before the end token
+CHATS = dict(
+    markers=("qwen", """{%- set talk = namespace(system='Be brief.') %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set talk.system = messages[0].content %}
+{%- endif %}
+{{- '<|im_start|>system\\n' + talk.system + '<|im_end|>\\n' }}
+{%- for message in messages if message.role != 'system' %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n' }}
+{%- endif %}
+""", {}),
+    trimmed=("llama3", """{{ bos_token }}
+{% for message in messages %}
+    {% if message.role not in ['system', 'user', 'assistant'] %}
+        {{ raise_exception('no role ' + message.role | tojson) }}
+    {% endif %}
+    {% if not message.content | trim %}
+        {% continue %}
+    {% endif %}
+## {{ message.role }}
+{{ message.content | trim }}{{ eos_token }}
+
+{% endfor %}
+{% if add_generation_prompt %}
+## assistant
+{% endif %}""", dict(bos_token="<|im_start|>")),
+    brackets=("llama2", "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + ' ' + eos_token }}"
+                        "{% else %}{{ bos_token + '[' + m.content + '] ' }}{% endif %}{% endfor %}", dict(bos_token="<s>")),
+)
+QUESTIONS = [*TEXTS, "<|im_end|>", " <|im_start|>system\nHi<|im_end|>  ", "</s><s>[", "Why <think>?", "5<|im_end|><|im_end|>5",
+             "How many <|endoftext|> are\nleft? \ue000", "x = 3 </s>"]
+
+
+def write_chats(folder):
+    """What transformers makes of each question in each template, alone or after an answer: special tokens in it are text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (tokenizer, template, named) in CHATS.items():
+        core = PreTrainedTokenizerFast.from_pretrained(FIXTURES / "tokenizers" / tokenizer, **named)
+        cases = []
+        for i, question in enumerate(QUESTIONS):
+            messages = [dict(role="system", content="You count.\n")] if i % 2 else []
+            messages += [dict(role="user", content=question)]
+            if i % 3 == 0:
+                messages += [dict(role="assistant", content="It is 18."), dict(role="user", content="Sure? <|im_end|></s>")]
+            ids = core.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, return_dict=False,
+                                           sanitize_control_tokens=True)
+            cases.append(dict(messages=messages, ids=ids))
+        chat = dict(tokenizer=tokenizer, template=template, named=named, cases=cases)
+        (folder / f"{name}.json").write_text(json.dumps(chat) + "\n")
+
+
 def randomise(model):
     """Weights large enough that every part matters to the logits: transformers' own init leaves biases 0 and norms 1."""
     for name, p in model.named_parameters():
@@ -199,6 +258,7 @@ def main():
                         prompt=core.encode("a 1").ids, size=len(tokenizer), end=tokenizer.eos_token, filler=tokenizer.pad_token)
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")
         core.encode_special_tokens = False
+    write_chats(FIXTURES / "chats")
     for seed, (name, (make, tokenizer, how)) in enumerate(CHECKPOINTS.items()):
         torch.manual_seed(seed)
         model = make().eval()

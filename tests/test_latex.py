@@ -3,6 +3,7 @@ import dataclasses
 import time
 
 import pytest
+import torch
 
 import ppo_reft as reft
 import prl
@@ -80,7 +81,7 @@ def test_numbers_are_read_from_boxes_too(name, text, number, form):
     script, problem = SCRIPTS[name], {"gold": 18.0, "header": ""}
     text = text.replace(A, script.ANSWER)
     assert script.read_answers([text], [problem], script.Args()) == [number]
-    assert script.in_form(text, problem) == form
+    assert script.in_form(text, problem, script.Args()) == form
     if name != "prl":
         assert script.read_answers([text], [problem], dataclasses.replace(script.Args(), strict=True)) == [number if form else None]
 
@@ -93,7 +94,7 @@ def test_latex_is_read_from_boxes_and_behind_the_trigger(name, text, answer, for
     script, problem = SCRIPTS[name], {"gold": boxed("0.5"), "header": ""}
     text = text.replace(A, script.ANSWER)
     answers = script.read_answers([text], [problem], script.Args())
-    assert answers == [answer and boxed(answer)] and script.in_form(text, problem) == form
+    assert answers == [answer and boxed(answer)] and script.in_form(text, problem, script.Args()) == form
     assert script.reward(answers, [problem], script.Args()).tolist() == [float(answer is not None)]
     if name != "prl":
         assert script.read_answers([text], [problem], dataclasses.replace(script.Args(), strict=True)) == [answer and form and boxed(answer) or None]
@@ -120,7 +121,7 @@ def test_records_of_maths_form(name, record, gold, demonstrated):
     assert bool(problem["cot"]) == demonstrated
     text = f"{problem['cot']}{script.ANSWER}{problem['answer']}"                          # what the warm-up teaches
     assert script.reward(script.read_answers([text], [problem | {"header": ""}], script.Args()), [problem], script.Args()).tolist() == [1]
-    assert script.in_form(text, problem)
+    assert script.in_form(text, problem, script.Args())
 
 
 @pytest.mark.parametrize("record", [{"problem": "a"}, {"problem": "a", "solution": "no box"}, {"problem": "a", "answer": [1]},
@@ -141,3 +142,27 @@ def test_a_long_text_is_no_answer_and_starts_nothing(monkeypatch):
     monkeypatch.setattr(reft, "COMPARING", [])
     monkeypatch.setattr(reft.subprocess, "Popen", None)
     assert not reft.same_latex(boxed("5"), boxed("5" + " " * 1000))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_box_is_the_asked_form_where_one_is_asked_for(name):
+    script, problem = SCRIPTS[name], {"gold": 18.0, "header": ""}
+    asked = dataclasses.replace(script.Args(), system="Put your answer in \\boxed{}.")
+    texts = r"so \boxed{18}", r"so \boxed{\$18}", f"so{script.ANSWER}18"
+    assert [script.in_form(text, problem, asked) for text in texts] == [True, False, False]
+    assert [script.in_form(text, problem, script.Args()) for text in texts] == [False, False, True]
+
+
+def test_strict_accuracy_counts_right_answers_in_the_asked_form(monkeypatch):
+    texts = f"so{A}18", f"so{A}$18", f"so{A}19"
+
+    class Words:
+        eos_id = 0
+
+        def decode(self, ids):
+            return texts[ids[0] - 1]
+
+    monkeypatch.setattr(reft, "generate", lambda *_: (torch.tensor([[5, 1, 0], [5, 2, 0], [5, 3, 0]]), torch.ones(3, 2, dtype=torch.bool)))
+    data, _, answers = reft.respond(None, [{"gold": 18.0, "prompt": [5]}] * 3, Words(), reft.Args())
+    measured = reft.measures(data, answers)
+    assert measured["accuracy"] == [True, True, False] and measured["strict_accuracy"] == [True, False, False]

@@ -26,7 +26,7 @@ import model
 from model import GPT, GPTConfig, InputError, Tokenizer, generate, load_checkpoint, save_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CHECKPOINTS = sorted(p.name for p in FIXTURES.iterdir() if p.name != "tokenizers")
+CHECKPOINTS = sorted(p.name for p in FIXTURES.iterdir() if p.name not in ("tokenizers", "chats"))
 TOKENIZERS = sorted(p.name for p in (FIXTURES / "tokenizers").iterdir())
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 RAGGED = [[7, 8, 9], [11], [4, 3, 2, 1, 10, 6, 7, 8, 9, 2], [3, 3]]

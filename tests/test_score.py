@@ -276,7 +276,7 @@ TOY = flags(max_new_tokens=7, micro_batch_size=4, minibatch_size=24, batch_size=
 
 
 def toy_problems(n=6):
-    return [{"question": str(i), "prompt": [5] * (1 + i % 3) + [6], "again": AGAIN, "gold": 1.0} for i in range(n)]
+    return [{"question": str(i), "prompt": [5] * (1 + i % 3) + [6], "again": AGAIN, "close": [], "gold": 1.0} for i in range(n)]
 
 
 def toy_rollout(monkeypatch, stage, args=TOY, outcome=lambda text: len(text) % 2, seed=3):
@@ -611,8 +611,8 @@ def test_a_file_has_one_turn_rows():
 def test_which_traces_are_kept(method, expected):
     ids = {name: [20 + i] for i, name in enumerate(["r1", "r2", "w1", "w2", "w3", "R1", "R2", "W1", "W2"])}
     name = {v[0]: k for k, v in ids.items()}
-    attempt = lambda name: {"ids": ids[name], "outcome": float(name[0] in "rR")}
-    A, B = [{"question": q, "prompt": [5], "again": AGAIN} for q in "AB"]
+    attempt = lambda name: {"ids": ids[name], "ended": True, "outcome": float(name[0] in "rR")}
+    A, B = [{"question": q, "prompt": [5], "again": AGAIN, "close": []} for q in "AB"]
     traces = [(p, attempt(y1), attempt(y2)) for p, y1, y2 in (
         (A, "r1", "R1"), (A, "w1", "R2"), (A, "w2", "W1"), (A, "r2", "W1"), (B, "w3", "W2"))]        # B has no right answer
     found = set()

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_equation_table(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_imports(script):
     allowed = set(sys.stdlib_module_names) | {"torch", "model", "kernels", "tqdm", "filelock"}
-    late = allowed | {"matplotlib", "pydantic_monty", "rapidfuzz"}                   # only some runs need them
+    late = allowed | {"matplotlib", "pydantic_monty", "rapidfuzz", "huggingface_hub", "jinja2"}                   # only some runs need them
     tree = ast.parse((ROOT / f"{script}.py").read_text())
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -217,9 +218,11 @@ def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path):
     running = start("ppo_reft", out)
     while not (out / "log.jsonl").exists() and not running.ended():
         time.sleep(0.003)
+    assert "its demonstration" in Path(running.files[0].name).read_text()            # lines come at once, also into a file
     running.kill(number)
     result = running.wait()
     assert result.returncode == 128 + number, result.stderr
+    assert result.stderr.startswith("stopping after this step; once more: at once")
     assert "go on with" in result.stderr and "--resume" in result.stderr and "Traceback" not in result.stderr
     assert run("ppo_reft", out, "--resume").returncode == 0
     assert_same_run(folder / "ppo_reft-reft", out)
@@ -239,6 +242,56 @@ def test_a_finished_run_can_be_resumed_and_a_used_folder_is_refused(folder, tmp_
     refuse(run("ppo_reft", tmp_path / "done", "--resume", "--lr", "0.5"), "--lr was")
     refuse(run("ppo_reft", tmp_path / "none", "--resume"), "no run to resume")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("script, method", [("ppo_reft", "reft"), ("r3", "r3"), ("prl", "prl"), ("score", "multi-turn")])
+def test_a_finished_run_goes_on_with_more_iterations(script, method, folder, tmp_path):
+    """As if it had been as long from the start; also when it is killed before anything new is saved."""
+    whole_run(script, method, folder / f"{script}-{method}")
+    shutil.copytree(folder / f"{script}-{method}", tmp_path / "longer")
+    flags = ["--method", method, "--iterations", "5"]
+    running = start(script, tmp_path / "longer", *flags, "--resume")
+    while lines_of(tmp_path / "longer") == 5 and not running.ended():                 # until the line of the end is gone
+        time.sleep(0.001)
+    running.kill(signal.SIGKILL), running.wait()
+    result = run(script, tmp_path / "longer", *flags, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert run(script, tmp_path / "whole", *flags).returncode == 0
+    assert_same_run(tmp_path / "longer", tmp_path / "whole")
+    refuse(run(script, tmp_path / "longer", "--method", method, "--iterations", "4", "--resume"), "--iterations was 5")
+
+
+def test_a_schedule_over_the_iterations_cannot_grow(folder, tmp_path):
+    for script, method in ("ppo_reft", "sft"), ("r3", "staged"), ("score", "score"):
+        whole_run(script, method, folder / f"{script}-{method}")
+        shutil.copytree(folder / f"{script}-{method}", tmp_path / method)
+        refuse(run(script, tmp_path / method, "--method", method, "--iterations", "5", "--resume"), "--iterations was 3")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_is_looked_at_in_an_evaluation(script, monkeypatch, capsys, tmp_path):
+    module = importlib.import_module(script)
+    measured = {"accuracy": [1.0] * 4}, "text"
+    monkeypatch.setattr(module, "attempt", lambda *_: module.STOP.append(signal.SIGTERM) or measured)         # a signal while it works
+    monkeypatch.setattr(module, "STOP", [])
+    monkeypatch.setattr(sys, "argv", ["x.py", "--out", "here"])
+    groups = dict(batch_size=1, group_size=4) if script in ("score", "prl") else {}
+    problems, args = [{"prompt": [1], "question": ""}] * 4, module.Args(out="here", minibatch_size=4, **groups)
+    assert module.evaluate(None, problems, None, args)["accuracy"] == 1              # the last batch ends, as a step does
+    with pytest.raises(SystemExit) as ended:
+        module.evaluate(None, problems, None, args)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "stopped in the evaluation; what was saved last is kept in here; go on with: python x.py --out here --resume" in capsys.readouterr().err
+
+
+def test_long_work_says_a_line_each_minute_where_there_is_no_terminal(monkeypatch, capsys):
+    import ppo_reft as reft
+    clock = iter(range(0, 10000, 25))
+    monkeypatch.setattr(reft.time, "time", lambda: next(clock))
+    assert list(reft.progress(range(3, 10), "warm-up", reft.Args(), 2, 9)) == list(range(3, 10))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["warm-up 5/9  ETA 2:13", "warm-up 8/9  ETA 0:29"]
+    assert list(reft.progress(iter([]), "warm-up", reft.Args(), 0, 0)) == []         # a warm-up of no steps
 
 
 def test_a_folder_in_which_nothing_was_saved_is_free(tmp_path):
@@ -398,6 +451,7 @@ def test_evaluate_only(script, method, folder, tmp_path):
     assert {"accuracy", "strict_accuracy", "truncated"} <= shared
     assert {name: found["after"][name] for name in shared} == {name: was["after"][name] for name in shared}
     assert [record["event"] for record in read_log(out)] == ["end"] and "warm-up" not in result.stdout
+    assert f"evaluation: accuracy {found['after']['accuracy']:.3f} on 8 test problems;" in result.stdout and "tokens/s" not in result.stdout
     refuse(run(script, out, "--model", trained / "model", "--evaluate-only"), "holds a run already")
 
 
@@ -475,6 +529,7 @@ def test_test_files_of_one_name_are_told_apart(tmp_path):
     (["--lr", "inf"], ["--lr inf"]),
     (["--grad-clip", "0"], ["--grad-clip 0"]),
     (["--rerank"], ["--vote-k"]),
+    (["--train-size", "0"], ["--train-size 0"]),
     (["--operations-low", "1", "--operations-high", "1", "--eval-size", "2000"], ["--operations-low", "found"]),
     (["--device", "cuda"], ["no GPU"]),
 ])
@@ -650,16 +705,23 @@ def test_truncated_share_is_red_above_a_fifth(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False), monkeypatch.setenv("TERM", "xterm")
     state = {"seconds": 1.0, "phases": {"evaluate": 1.0, "save": 1.0}}
-    record = {"iteration": 1, "truncated": 0.21, "tokens_per_second": 1.0}
+    record = {"iteration": 1, "truncated": 0.21, "unparsed": 0.5, "tokens_per_second": 1.0}
     reft.show(record, state, reft.Args())
     reft.show(record | {"truncated": 0.19}, state, reft.Args())
     first, second = capsys.readouterr().out.splitlines()
-    assert "\033[31mcut 0.21" in first and "\033[31m" not in second
+    assert "\033[31mcut 0.21" in first and "unread 0.5" in first and "\033[31m" not in second
     for name, value in ("NO_COLOR", "1"), ("TERM", "dumb"):
         with monkeypatch.context() as plain:
             plain.setenv(name, value)
             reft.show(record, state, reft.Args())
             assert "cut 0.21" in (out := capsys.readouterr().out) and "\033[" not in out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_explains_the_line(script):
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for key, name in importlib.import_module(script).SHOWN.items():
+        assert f"`{key}`" in text and (key == name or re.search(rf"`{key}`(?: is)? {name}\b", text)), key
 
 
 def test_the_log_keeps_small_numbers(tmp_path):
@@ -681,6 +743,20 @@ def test_screens_of_all_kinds(checkpoint, tmp_path):
     for process, name in zip(running, ("closed", "piped")):
         _, errors = process.communicate()
         assert process.returncode == 0 and not errors and (tmp_path / name / "summary.json").exists(), (name, errors)
+
+
+def test_curves_have_legends_and_the_warm_up(monkeypatch, tmp_path):
+    import ppo_reft as reft
+    records = [{"event": "warmup", "accuracy": 0.5, "steps": 8}, {"event": "iteration", "iteration": 1, "accuracy": 0.25, "explained_variance": None},
+               {"event": "iteration", "iteration": 2, "accuracy": 0.5, "dev_accuracy": 0.75, "kl": 0.1}]
+    write(tmp_path / "log.jsonl", records)
+    pictures, figure = [], reft.figure
+    monkeypatch.setattr(reft, "figure", lambda *size: pictures.append(figure(*size)) or pictures[0])
+    reft.plot(reft.Args(out=str(tmp_path)))
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in pictures[0].axes]
+    assert legends == [["accuracy", "accuracy: warm-up, test", "dev_accuracy"], ["kl"], ["explained_variance"]]
+    star = next(line for line in pictures[0].axes[0].lines if "warm-up" in line.get_label())
+    assert star.get_xydata().tolist() == [[0, 0.5]]
 
 
 def test_the_screen_of_a_notebook(monkeypatch):
@@ -707,3 +783,80 @@ def test_builtin_problems_are_right_each_seed_has_its_own_test_and_the_splits_ar
         for line in problem["cot"].splitlines():
             left, right = line.split(" = ")
             assert eval(left) == int(right)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tensorboard_gets_the_numbers_of_the_log(script, monkeypatch, tmp_path):
+    """Of each line, those of a list or dict by place; a resumed run puts aside what followed the log's last line. Without the package: one line."""
+    module, events, written = importlib.import_module(script), types.ModuleType("torch.utils.tensorboard"), []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((Path(folder).name, purge_step))
+            self.add_scalar, self.flush = lambda *point: written.append(point), lambda: None
+
+    monkeypatch.setattr(events, "SummaryWriter", SummaryWriter, raising=False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", events)
+    args, state = module.Args(out=str(tmp_path), tensorboard=True, iterations=3), {"log_lines": 0}
+    (tmp_path / "log.jsonl").write_text("")
+    for record in ({"event": "warmup", "accuracy": 0.5}, {"event": "iteration", "iteration": 1, "kl": 0.25, "clip_frac": [0.0, 0.125], "sample": "a",
+                    "phases": {"check": 0.5}},
+                   {"event": "end", "accuracy": 0.75}):
+        module.write_log(record, state, args)
+    points = [("test/accuracy", 0.5, 0), ("iteration", 1, 1), ("kl", 0.25, 1), ("clip_frac/0", 0.0, 1), ("clip_frac/1", 0.125, 1),
+              ("phases/check", 0.5, 1), ("test/accuracy", 0.75, 3)]
+    assert written == [("events", 0), *points]
+    module.event_writer.cache_clear(), written.clear()
+    module.write_log({"event": "iteration", "iteration": 2, "kl": 0.5}, state, args)
+    assert written == [("events", 2), ("iteration", 2, 2), ("kl", 0.5, 2)]
+    module.event_writer.cache_clear(), written.clear()
+    module.write_log({"event": "iteration", "iteration": 3}, state, dataclasses.replace(args, tensorboard=False))
+    assert not written
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(module.InputError, match="--tensorboard.*pip install tensorboard"):
+        module.parse_args(["--tensorboard"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_data_from_files_take_the_papers_defaults(script, capsys):
+    """Of a pair the first for the built-in problems, also with a checkpoint, the second with --train-data; what is said counts."""
+    module = importlib.import_module(script)
+    pairs = {f.name: f.default for f in dataclasses.fields(module.Args) if isinstance(f.default, tuple)}
+    assert pairs.keys() >= {"lr", "warmup_lr", "max_new_tokens", "iterations", "batch_size", "minibatch_size", "train_size"}
+    assert pairs["lr"][1] == {"ppo_reft": 3e-7, "r3": 3e-7, "score": 5e-6, "prl": 1e-6}[script]
+    files = ["--model", "x", "--train-data", "x", "--eval-data", "x"]
+    for argv, which in ([], 0), (["--model", "x"], 0), (files, 1):
+        args = module.parse_args(argv)
+        assert {name: getattr(args, name) for name in pairs} == {name: pair[which] for name, pair in pairs.items()}
+    args = module.parse_args([*files, "--lr", "5e-4", "--train-size", "7"])
+    assert (args.lr, args.train_size, args.max_new_tokens) == (5e-4, 7, pairs["max_new_tokens"][1])
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    shown = "".join(capsys.readouterr().out.split())                         # which argparse wraps, also at a hyphen
+    assert all(f"(default:{toy};with--train-data{paper})" in shown for toy, paper in pairs.values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_example_for_a_checkpoint_works_as_printed(script, tmp_path):
+    """The command in the script's docstring, its three names put in; cut short, and on a checkpoint with room for its tokens."""
+    from model import GPT, GPTConfig, Tokenizer, save_checkpoint
+    tokenizer = Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=4096, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    save_checkpoint(tmp_path / "FOLDER", GPT(config), tokenizer)
+    for name in "train.jsonl", "test.jsonl":
+        write(tmp_path / name, GSM)
+    words = re.search(rf"^    python {script}.py (--model FOLDER .*)$", (ROOT / f"{script}.py").read_text(), re.M)[1].split()
+    flags = [str(tmp_path / word) if word[0] != "-" else word for word in words]
+    result = run(script, tmp_path / "run", *flags, "--iterations", "1", "--batch-size", "1", "--train-size", "2", "--eval-size", "1", tiny=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["max_new_tokens"] >= 400
+
+
+def test_train_size_limits_the_rows_of_a_file(tmp_path):
+    import ppo_reft as reft
+    flags = dict(model="x", train_data=write(tmp_path / "data", GSM), eval_data=tmp_path / "data")
+    whole, few = reft.load_problems(reft.Args(**flags)), reft.load_problems(reft.Args(**flags, train_size=5))
+    assert [len(split) for split in whole] == [27, 3, 30] and [len(split) for split in few] == [5, 3, 30]
+    assert few[1:] == whole[1:] and all(problem in whole[0] for problem in few[0]) and few[0] != whole[0][:5]
+    assert few == reft.load_problems(reft.Args(**flags, train_size=5, seed=1))
+    assert len(reft.load_problems(reft.Args(**flags, train_size=500))[0]) == 27
