@@ -830,9 +830,12 @@ def initial_policy(args):
         policy, tokenizer = load_checkpoint(find_model(args.model))
         GPT.compiled = args.compile and args.device == "cuda"
     else:
+        torch.set_num_threads(1)                                     # so small a one is no faster on more, and they change a run
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
+    if args.device == "cpu" and sum(p.numel() for p in policy.parameters()) < 1e7:
+        torch.set_num_threads(1)                                     # a small model is no faster on more, and they change its run
     return policy.to(args.device), tokenizer
 
 

@@ -93,7 +93,7 @@ class Args:
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
     train_size: int = (256, 0)       # problems to train on; of a file so many rows, 0: all
-    demonstrations: int = 9000       # built-in demonstrations for the warm-up besides theirs, of 1 to --operations-hard operations
+    demonstrations: int = 9000       # built-in ones for the warm-up besides the questions', of 1 to --operations-hard operations
     operations_low: int = 3          # fewest operations, look-ups, of a built-in dev or test problem
     operations_high: int = 3         # most
     operations_train: int = 3        # most of a built-in training problem, the fewest is 1
@@ -121,7 +121,7 @@ class Args:
     kl_coef: float = (0.1, 0.01)     # of F9, --method grpo-kl-loss; version 2: 0.01
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
     # reports
-    samples: int = 64                # n of avg@n and pass@k, drawn per test problem, T = 1; authors' code: 8
+    samples: int = (64, 8)           # n of avg@n and pass@k, drawn per test problem, T = 1; authors' code: 8
     strip_annotations: bool = False  # remove GSM8K's <<48/2=24>> from the demonstrations
     eval_every: int = (5, 50)        # iterations between evaluations by a sample per dev problem, which choose the checkpoint
     eval_size: int = (100, 0)        # at most so many dev problems, and of each test set; 0: all in the files
@@ -650,9 +650,12 @@ def initial_policy(args):
         policy, tokenizer = load_checkpoint(find_model(args.model))
         GPT.compiled = args.compile and args.device == "cuda"
     else:
+        torch.set_num_threads(1)                                     # so small a one is no faster on more, and they change a run
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
+    if args.device == "cpu" and sum(p.numel() for p in policy.parameters()) < 1e7:
+        torch.set_num_threads(1)                                     # a small model is no faster on more, and they change its run
     return policy.to(args.device), tokenizer
 
 

@@ -146,7 +146,8 @@ def rows_in(folder):
 def test_the_driver_keeps_what_is_done_and_goes_on_after_sigterm(tmp_path, monkeypatch):
     wanted = ["--seeds", "300", "--only", "base,r3-8", "--jobs", "2", "--also", TINY + " --iterations 60 --eval-every 60 --save-every 500"]
     running = drive(tmp_path, *wanted)
-    while not (tmp_path / "runs/r3-8-s300/log.jsonl").exists() and running.poll() is None:
+    log = tmp_path / "runs/r3-8-s300/log.jsonl"
+    while not (log.exists() and '"iteration"' in log.read_text()) and running.poll() is None:
         time.sleep(0.01)
     running.send_signal(signal.SIGTERM)
     printed = running.communicate()[0]

@@ -31,7 +31,7 @@ def fork(tmp_path_factory):
 
 def finish(folder, *flags):
     """Runs the fork; its log's iterations and its summary."""
-    result = run(str(folder / "prl"), folder / "run", *flags)
+    result = run(str(folder / "prl"), folder / "run", "--demonstrations", "64", "--samples", "8", *flags)
     assert result.returncode == 0, result.stderr
     summary = json.loads((folder / "run" / "summary.json").read_text())
     return [record for record in read_log(folder / "run") if record["event"] == "iteration"], summary

@@ -162,7 +162,8 @@ def test_strict_accuracy_counts_right_answers_in_the_asked_form(monkeypatch):
         def decode(self, ids):
             return texts[ids[0] - 1]
 
-    monkeypatch.setattr(reft, "generate", lambda *_: (torch.tensor([[5, 1, 0], [5, 2, 0], [5, 3, 0]]), torch.ones(3, 2, dtype=torch.bool)))
+    monkeypatch.setattr(reft, "generate", lambda *_: (torch.tensor([[5, 1, 0], [5, 2, 0], [5, 3, 0]]), torch.ones(3, 2, dtype=torch.bool),
+                                                   torch.zeros(3, 2)))
     data, _, answers = reft.respond(None, [{"gold": 18.0, "prompt": [5]}] * 3, Words(), reft.Args())
     measured = reft.measures(data, answers)
     assert measured["accuracy"] == [True, True, False] and measured["strict_accuracy"] == [True, False, False]

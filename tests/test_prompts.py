@@ -167,4 +167,4 @@ def test_a_run_in_chat_says_what_it_asks_and_keeps_the_template(script, chatty, 
 ])
 def test_prompts_that_cannot_be(flags, words, chatty, tmp_path):
     refuse(chatting("ppo_reft", chatty, tmp_path / "run", *flags), *words)
-    refuse(run("ppo_reft", tmp_path / "run", "--prompt", "chat"), "--prompt", "--train-data")
+    refuse(run("ppo_reft", tmp_path / "run", "--prompt", "chat"), "--prompt", "data files")

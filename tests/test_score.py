@@ -565,7 +565,7 @@ def test_an_attempt_announces_its_answer_and_then_works_it_out():
     problems = [{"gold": 4.0, "answer_first": True}, {"gold": 4.0}]
     assert score.read_answers([text, text + score.ANSWER + "4"], problems[:1] * 2, ARGS) == [8, 8]       # the first announcement counts
     assert score.read_answers([texts[1]] * 2, problems, ARGS) == [8, 4]
-    assert [score.in_form(text, problem) for problem in problems] == [True, False]
+    assert [score.in_form(text, problem, ARGS) for problem in problems] == [True, False]
 
 
 def test_builtin_problems_stay_between_0_and_9():

@@ -36,8 +36,9 @@ TINY = ["--train-size", "64", "--warmup-epochs", "2", "--warmup-batch-size", "8"
 
 
 def start(script, out, *flags, tiny=True, pictures=False):
-    whole = ["--minibatch-size", "32"] if script == "score" else []           # which takes the whole rollout in one step
-    return Running(script, [str(flag) for flag in (*(TINY + whole if tiny else []), "--out", out, *flags)], pictures)
+    own = {"score": ["--minibatch-size", "32"],                               # it takes the whole rollout in one step
+           "prl": ["--demonstrations", "64", "--samples", "8"]}
+    return Running(script, [str(flag) for flag in (*(TINY + own.get(script, []) if tiny else []), "--out", out, *flags)], pictures)
 
 
 def run(script, out, *flags, tiny=True, pictures=False):
@@ -854,7 +855,7 @@ def test_the_example_for_a_checkpoint_works_as_printed(script, tmp_path):
 
 def test_train_size_limits_the_rows_of_a_file(tmp_path):
     import ppo_reft as reft
-    flags = dict(model="x", train_data=write(tmp_path / "data", GSM), eval_data=tmp_path / "data")
+    flags = dict(model="x", train_data=write(tmp_path / "data", GSM), eval_data=str(tmp_path / "data"))
     whole, few = reft.load_problems(reft.Args(**flags)), reft.load_problems(reft.Args(**flags, train_size=5))
     assert [len(split) for split in whole] == [27, 3, 30] and [len(split) for split in few] == [5, 3, 30]
     assert few[1:] == whole[1:] and all(problem in whole[0] for problem in few[0]) and few[0] != whole[0][:5]
