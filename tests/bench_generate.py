@@ -73,7 +73,8 @@ def main():
         assert (gpt.logits(tokens) - model(tokens).logits).abs().max() < 1e-4
 
     parameters = sum(p.numel() for p in gpt.parameters())
-    print(f"{parameters / 1e6:.2f}M parameters, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{parameters / 1e6:.2f}M parameters, {args.threads} threads, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}")
     print(f"{'tokens/s, median of ' + str(args.repeats):40}{'model.py':>12}{'transformers':>14}{'ratio':>8}")
     results = []
     for name, (questions, group_size, ends) in CASES.items():

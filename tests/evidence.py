@@ -123,7 +123,8 @@ def run_all(args, todo, rows, code):
                         failed.append((arm, seed))
                         continue
                     row = read(args.runs / f"{arm}-s{seed}/summary.json")
-                    rows.append({"arm": arm} | row | {"code": code} | ({"commit": args.commit, "clean": None} if args.commit else {}))
+                    rows.append({"arm": arm} | row | {"code": code}
+                                | ({"commit": args.commit, "clean": None} if args.commit else {}))
                     keep(rows, args.out)
                     print(f"{arm} seed {seed}: {row['before']['accuracy']:.3f} -> {row['after']['accuracy']:.3f}", flush=True)
     finally:                                                         # they save, so that they can go on

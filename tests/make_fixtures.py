@@ -25,12 +25,14 @@ def solution():\n    \"\"\"the answer\"\"\"\n    apples = 100\n    return apples
 Größe, naïve café, Привет мир, 数学 数学, 👍👍 \u00e9\u00e9 e\u0301 2024 2025 1000 1000,000\n\n\n""".splitlines(keepends=True)
 TEXTS = [
     "", " ", "  ", "\n", "\n\n\n", " \n \n", "\t\t", "a", " a", "a ", "a  b   c    ", "Hello, world!", "How many clips altogether?",
-    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72", "x = 12345678901234567890", "1,000,000.50", "3  7", "a1b22c333d4444",
-    "the answer  5\n\n\n6   \n  7", "    return 100\n        if x:\n\n\ty = 1\r\nz\r\n\r\n", "It's he'll WE'VE I'D they're 'tis o'clock ''s",
-    "caf\u00e9 cafe\u0301 \u212b \u1e9b\u0323 \ufb01 \uac00 \u1100\u1161", "naïve Größe ſ's 'ſ", "Привет, мир! 123", "数学は楽しい 数学、3つ。",
-    "👍👍🏽 👨‍👩‍👧 🇩🇪", "½ ² ① Ⅷ ٣٤ ५ 一二三", "\u00a0x\u2003y\u2028z\u0085w\u3000v", "\x1c\x1d\x1e\x1f|\x0b\x0c|\x00\x7f", "\u200b\u200d\ufeff",
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72", "x = 12345678901234567890", "1,000,000.50", "3  7",
+    "a1b22c333d4444", "the answer  5\n\n\n6   \n  7", "    return 100\n        if x:\n\n\ty = 1\r\nz\r\n\r\n",
+    "It's he'll WE'VE I'D they're 'tis o'clock ''s", "caf\u00e9 cafe\u0301 \u212b \u1e9b\u0323 \ufb01 \uac00 \u1100\u1161",
+    "naïve Größe ſ's 'ſ", "Привет, мир! 123", "数学は楽しい 数学、3つ。", "👍👍🏽 👨‍👩‍👧 🇩🇪", "½ ² ① Ⅷ ٣٤ ५ 一二三",
+    "\u00a0x\u2003y\u2028z\u0085w\u3000v", "\x1c\x1d\x1e\x1f|\x0b\x0c|\x00\x7f", "\u200b\u200d\ufeff",
     "<|endoftext|>", "a<|endoftext|>b <|im_start|>user\nhi<|im_end|>", "<think>\n2+2\n</think>4 <tool>", "<<<think>>> < think>",
-    "(((((((((((((((((((())))))))))))))))))))", "a" * 50, " " * 33 + "a", "e" * 7 + "\u0301" * 3, "الكتاب १२३ \u0645\u064e", "ﬀ𝒳𝟘 𐐷",
+    "(((((((((((((((((((())))))))))))))))))))", "a" * 50, " " * 33 + "a", "e" * 7 + "\u0301" * 3,
+    "الكتاب १२३ \u0645\u064e", "ﬀ𝒳𝟘 𐐷",
     "a  <left> b <left>c", "a <right>  b<right>c <right>", "x sum sums sum_ (sum) sum", "cafe\u0309 caf\u1ebbs <caf\u1ebb",
     "<<|a|>|><|a|><b|>", "pay 1234567 or 12 of 123456.5", "one  \ntwo \n \n three ", "学校a12学x ٣a5² ①b_c\u200dd",
     "<s>a</s> <unk><0x0A>", "  two  spaces ", "▁a▁▁b", "a<s>  b",
@@ -158,11 +160,13 @@ CHECKPOINTS = dict(
                                                  rope_parameters=dict(ROPE_LLAMA3, rope_theta=500.0))), "llama3",
             dict(max_shard_size="20KB")),
     llama3_v4=(lambda: LlamaForCausalLM(LlamaConfig(**SMALL | dict(num_key_value_heads=4, head_dim=8), tie_word_embeddings=True,
-                                                    rope_parameters=dict(ROPE_LLAMA3, rope_theta=100.0))), "llama3", dict(rope="4")),
+                                                    rope_parameters=dict(ROPE_LLAMA3, rope_theta=100.0))), "llama3",
+               dict(rope="4")),
     qwen2=(lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True)), "qwen", dict(dtype=torch.bfloat16)),
     qwen2_untied=(lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=False)), "qwen", dict(rope="4")),
     qwen3=(lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=False)), "qwen", {}),
-    qwen3_tied=(lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True, attention_bias=True)), "qwen", {}),
+    qwen3_tied=(lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True, attention_bias=True)),
+                "qwen", {}),
 )
 
 
@@ -274,7 +278,8 @@ def main():
         out = model(tokens)
         logits = out.logits if hasattr(out, "logits") else out.last_hidden_state @ model.wte.weight.t()
         keep = [0, 1, 7, 20, 39]                        # a few positions: the files stay small
-        save_file(dict(tokens=tokens, positions=torch.tensor(keep), logits=logits[:, keep].clone()), folder / "expected.safetensors")
+        save_file(dict(tokens=tokens, positions=torch.tensor(keep), logits=logits[:, keep].clone()),
+                  folder / "expected.safetensors")
         print(f"{name:14} logits of standard deviation {logits.std():.2f}")
     for path in FIXTURES.rglob("*"):
         if path.is_file():

@@ -39,7 +39,8 @@ def main(run, out):
     found |= {"reranked accuracy": statistics.mean(chosen), "pairs of right and wrong in order": round(statistics.mean(pairs), 3)}
     print(json.dumps(found, indent=1))
     if out:
-        Path(out).write_text(json.dumps({"seed": args.seed, "problems": len(chosen)} | found | {"commit": info["commit"]}, indent=1) + "\n")
+        Path(out).write_text(json.dumps({"seed": args.seed, "problems": len(chosen)} | found
+                                        | {"commit": info["commit"]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ the raw data behind the table; --plot draws dev accuracy over the iterations, th
 pass@k against k, before training and after it. `first_...` of a row is of the rollouts before any update, `last_...` the mean over
 the last five iterations.
 
---claims judges the claims of results/claims.json by the raw rows in results/evidence-*.json (made by tests/evidence.py), writes what
-was found beside them, and from there README's tables between its marks. A verdict is verdict()'s, never a person's.
+--claims judges the claims of results/claims.json by the raw rows in results/evidence-*.json (made by tests/evidence.py), writes
+what was found beside them, and from there README's tables between its marks. A verdict is verdict()'s, never a person's.
 """
 import argparse
 import json
@@ -23,7 +23,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131), 2))   # 97.5 % points
+T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+                    2.201, 2.179, 2.160, 2.145, 2.131), 2))   # 97.5 % points
 HIDDEN = ("response_length", "unparsed", "truncated")
 MARGIN = 0.03                                            # of a claim that two are equal
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,8 @@ def claim_rows(claims):
     def number(claim, name):
         return f"{100 * claim['found'][name]:.1f}"
 
-    lines = ["| paper | claim | the paper's number | ours, points (95 %) | seeds above 0, p | verdict | comparisons |", "|---" * 7 + "|"]
+    lines = ["| paper | claim | the paper's number | ours, points (95 %) | seeds above 0, p | verdict | comparisons |",
+             "|---" * 7 + "|"]
     for claim in claims["claims"]:
         ours = signs = "-"
         if "mean" in claim["found"]:
@@ -146,14 +148,16 @@ def claim_rows(claims):
             signs = f"{claim['found']['above']} of {claim['found']['seeds']}, {claim['found']['p']:.2g}"
         lines.append(f"| {claim['paper']} {claim['id']} | {claim['claim']} | {claim['paper_number']} | {ours} | {signs} | "
                      f"{claim['found']['verdict']} | {claim['found'].get('comparisons', '-')} |")
-    failed = [f"{gate['name']}: seeds {', '.join(map(str, gate['found']['failed']))}" for gate in claims["gates"] if gate["found"]["failed"]]
+    failed = [f"{gate['name']}: seeds {', '.join(map(str, gate['found']['failed']))}"
+              for gate in claims["gates"] if gate["found"]["failed"]]
     tried = sum(gate["found"]["seeds"] > 0 for gate in claims["gates"])
     return "\n".join(lines + ["", f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {'; '.join(failed) or 'none'}."])
 
 
 def evidence():
     """{script: rows} of results/evidence-*.json."""
-    return {path.stem.removeprefix("evidence-"): json.loads(path.read_text()) for path in sorted(ROOT.glob("results/evidence-*.json"))}
+    return {path.stem.removeprefix("evidence-"): json.loads(path.read_text())
+            for path in sorted(ROOT.glob("results/evidence-*.json"))}
 
 
 MARKS = "<!-- claims: by `python tests/table.py --claims` -->\n", "\n<!-- end of claims -->"
@@ -199,7 +203,8 @@ def plot_pass(groups, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="?")
-    parser.add_argument("--claims", action="store_true", help="judge the claims, and write them into results/claims.json and README")
+    parser.add_argument("--claims", action="store_true",
+                        help="judge the claims, and write them into results/claims.json and README")
     parser.add_argument("--only", default="*", help="runs whose folders match this pattern")
     parser.add_argument("--show", help="metrics after training, joined by commas, as the columns; else all")
     parser.add_argument("--seeds", help="only these, joined by commas")

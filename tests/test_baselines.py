@@ -47,7 +47,8 @@ def test_a_program_starts_in_the_prompt_and_runs_as_a_whole():
     args = dataclasses.replace(ARGS, cot="program")
     letters = reft.Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
     problem = reft.encode_problem(reft.parse_record(SVAMP, args), letters, args)
-    assert letters.decode(problem["prompt"]).endswith('Answer reasoning:\ndef solution():\n    """Ann has 3 pens and\nbuys 4. How many?"""\n')
+    assert letters.decode(problem["prompt"]).endswith('Answer reasoning:\ndef solution():\n'
+                                                      '    """Ann has 3 pens and\nbuys 4. How many?"""\n')
     body = letters.decode(problem["response"][:-1])
     assert body == "    pens = 3\n\n    return pens + 4" and problem["response"][-1] == letters.eos_id
     texts = [body, body.replace("+ 4", "+ 5"), "    return 7", body.replace("+ 4", "+ float('nan')"), "return 7"]
@@ -70,8 +71,8 @@ def test_choice_pays_nothing_for_a_wrong_letter_and_counts_contradictions(monkey
 
 # ---- voting and reranking ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("answers, chosen", [([18.0, 18.001, 20.0, None, None, None], 18.0), ([5.0, 7.0, 7.0, 5.0], 5.0), ([None, None], None),
-                                             ([], None), (["b", "a", "a"], "a"), ([3.0], 3.0)])
+@pytest.mark.parametrize("answers, chosen", [([18.0, 18.001, 20.0, None, None, None], 18.0), ([5.0, 7.0, 7.0, 5.0], 5.0),
+                                             ([None, None], None), ([], None), (["b", "a", "a"], "a"), ([3.0], 3.0)])
 def test_vote(answers, chosen):
     assert reft.vote(answers) == chosen
 
@@ -107,8 +108,10 @@ def test_the_reranker_learns_to_tell_right_from_wrong(monkeypatch):
 # ---- self-training -----------------------------------------------------------------------------------------------------------
 
 def test_offline_rows_are_the_first_right_samples_that_differ_from_each_other_and_the_demonstration(monkeypatch):
-    train = [{"prompt": [5], "response": [6, 2], "cot": "gold", "gold": 1.0}, {"prompt": [6], "response": [7, 2], "cot": "x", "gold": 1.0}]
-    drawn = [[([8, 2], "a", 1.0), ([8, 2], "a", 1.0), ([9, 2], "b", 3.0), ([6, 2], "gold and answer", 1.0), ([3, 2], "c", 1.0), ([4, 2], "d", 1.0)],
+    train = [{"prompt": [5], "response": [6, 2], "cot": "gold", "gold": 1.0},
+             {"prompt": [6], "response": [7, 2], "cot": "x", "gold": 1.0}]
+    drawn = [[([8, 2], "a", 1.0), ([8, 2], "a", 1.0), ([9, 2], "b", 3.0), ([6, 2], "gold and answer", 1.0),
+              ([3, 2], "c", 1.0), ([4, 2], "d", 1.0)],
              [([8, 2], "e", None), ([9, 2], "f", 2.0), ([7, 2], "x and answer", 1.0)]]
     monkeypatch.setattr(reft, "draw_samples", lambda *a: drawn)
     rows = reft.self_training_rows(None, train, Words(), dataclasses.replace(ARGS, keep=2))
@@ -133,7 +136,8 @@ def test_sample_batches_count_samples_and_not_questions(monkeypatch):
 
 def test_online_loss_is_half_right_samples_half_demonstrations():
     policy = tiny()
-    batch = reft.pack([([5, 6, 7, 2], [False, False, True, True]), ([5, 8, 2], [False, True, True]), ([5, 9, 9, 2], [False, True, True, True])],
+    batch = reft.pack([([5, 6, 7, 2], [False, False, True, True]), ([5, 8, 2], [False, True, True]),
+                       ([5, 9, 9, 2], [False, True, True, True])],
                       TINY_MODEL) | {"right": torch.tensor([True, False, False])}
     logp = policy.logits(batch["tokens"]).log_softmax(-1)
     right = -(logp[0, 1, 7] + logp[0, 2, 2]) / 2
@@ -177,10 +181,13 @@ def test_exact_kl_has_the_lower_variance(capsys):
             probability = (logp(0, a) + logp(1 + a, b)).exp().detach()
             states = [(0, a), (1 + a, b)]
             args = dataclasses.replace(ARGS, kl=kind, kl_coef=beta)
-            rewards = reft.token_rewards(torch.zeros(1, dtype=torch.float64), torch.stack([ratio(*s) for s in states]).detach()[None],
-                                         torch.stack([kl(s) for s, _ in states]).detach()[None], torch.ones(1, 2, dtype=torch.bool), args)
+            rewards = reft.token_rewards(torch.zeros(1, dtype=torch.float64),
+                                         torch.stack([ratio(*s) for s in states]).detach()[None],
+                                         torch.stack([kl(s) for s, _ in states]).detach()[None],
+                                         torch.ones(1, 2, dtype=torch.bool), args)
             weights = reft.gae(rewards, torch.zeros_like(rewards), torch.ones(1, 2, dtype=torch.bool), 1.0, 1.0)[0][0]
-            value = sum(w * logp(*s) for w, s in zip(weights, states)) - (beta * sum(kl(s) for s, _ in states) if kind == "exact" else 0)
+            value = sum(w * logp(*s) for w, s in zip(weights, states)) - (beta * sum(kl(s) for s, _ in states)
+                                                                          if kind == "exact" else 0)
             gradient = torch.autograd.grad(value, theta)[0]
             mean, square = mean + probability * gradient, square + probability * gradient.square().sum()
         moments[kind] = mean, (square - mean.square().sum()).item()
@@ -230,9 +237,9 @@ def test_the_default_loop_learns_within_a_minute(tmp_path):
     """Chains of 4 after a short warm-up, which leaves them unsolved (4 to 16 %): 5 iterations took them to 94 % (seed 0), 8 to
     65 % and more with other seeds and warm-ups, and none anywhere when the sign of the policy's loss was wrong."""
     from test_scripts import run
-    result = run("ppo_reft", tmp_path / "run", "--operations-low", 4, "--operations-high", 4, "--operations-train", 4, "--warmup-epochs", 5,
-                 "--warmup-batch-size", 48, "--warmup-lr", 5e-3, "--iterations", 5, "--eval-every", 5, "--eval-size", 100, "--max-new-tokens", 40, "--device", "cpu",
-                 tiny=False)
+    result = run("ppo_reft", tmp_path / "run", "--operations-low", 4, "--operations-high", 4, "--operations-train", 4,
+                 "--warmup-epochs", 5, "--warmup-batch-size", 48, "--warmup-lr", 5e-3, "--iterations", 5, "--eval-every", 5,
+                 "--eval-size", 100, "--max-new-tokens", 40, "--device", "cpu", tiny=False)
     assert result.returncode == 0, result.stderr
     before, after = map(float, re.search(r"accuracy ([\d.]+) -> ([\d.]+)", result.stdout).groups())
     assert before < 0.5 and after > before + 0.2, (before, after)

@@ -87,7 +87,8 @@ def test_the_registration_lists_every_arm_comparison_and_gate():
     text = (ROOT / "results/PREREGISTRATION.md").read_text()
     for script, arms in evidence.ARMS.items():
         section = text.partition(f"## {script}.py")[2].partition("\n## ")[0]
-        listed = dict((arm, (int(seeds), flags)) for arm, seeds, flags in re.findall(r"^\| `([\w-]+)` \| (\d+) \| `([^`]*)`", section, re.M))
+        listed = dict((arm, (int(seeds), flags))
+                      for arm, seeds, flags in re.findall(r"^\| `([\w-]+)` \| (\d+) \| `([^`]*)`", section, re.M))
         assert listed == {arm: (seeds, flags or "-") for arm, (seeds, flags) in arms.items()}, script
         for claim in CLAIMS["claims"]:
             if claim["script"] == script and "a" in claim:
@@ -116,7 +117,8 @@ def digest_at(script, commit):
     """evidence.digest() of the code of a commit; None where git is not there or does not know it."""
     git = lambda *argv: subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, check=True).stdout
     try:
-        kernels = sorted(name for name in git("ls-tree", "--name-only", commit, "kernels/").decode().split() if name.endswith(".py"))
+        kernels = sorted(name for name in git("ls-tree", "--name-only", commit, "kernels/").decode().split()
+                         if name.endswith(".py"))
         texts = [git("show", f"{commit}:{name}") for name in (f"{script}.py", "model.py", *kernels)]
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -130,13 +132,14 @@ def test_the_digest_is_that_of_the_commit():
 
 # ---- the driver --------------------------------------------------------------------------------------------------------------
 
-TINY = ("--train-size 64 --warmup-batch-size 8 --batch-size 8 --minibatch-size 8 --micro-batch-size 4 --max-new-tokens 12 --eval-size 4 "
-        "--n-layer 1 --n-embd 16 --n-head 2")
+TINY = ("--train-size 64 --warmup-batch-size 8 --batch-size 8 --minibatch-size 8 --micro-batch-size 4 --max-new-tokens 12 "
+        "--eval-size 4 --n-layer 1 --n-embd 16 --n-head 2")
 
 
 def drive(folder, *flags):
     argv = [sys.executable, ROOT / "tests/evidence.py", "r3", "--out", folder / "rows.json", "--runs", folder / "runs", *flags]
-    return subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=evidence.os.environ | NO_GPU)
+    return subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=evidence.os.environ | NO_GPU)
 
 
 def rows_in(folder):
@@ -144,7 +147,8 @@ def rows_in(folder):
 
 
 def test_the_driver_keeps_what_is_done_and_goes_on_after_sigterm(tmp_path, monkeypatch):
-    wanted = ["--seeds", "300", "--only", "base,r3-8", "--jobs", "2", "--also", TINY + " --iterations 60 --eval-every 60 --save-every 500"]
+    wanted = ["--seeds", "300", "--only", "base,r3-8", "--jobs", "2",
+              "--also", TINY + " --iterations 60 --eval-every 60 --save-every 500"]
     running = drive(tmp_path, *wanted)
     log = tmp_path / "runs/r3-8-s300/log.jsonl"
     while not (log.exists() and '"iteration"' in log.read_text()) and running.poll() is None:
@@ -160,7 +164,8 @@ def test_the_driver_keeps_what_is_done_and_goes_on_after_sigterm(tmp_path, monke
     assert again.wait() == 0, again.stdout.read()
     rows = rows_in(tmp_path)
     assert [(row["arm"], row["seed"]) for row in rows] == [("base", 300), ("r3-8", 300)]
-    assert {row["code"] for row in rows} == {evidence.digest("r3")} and all({"commit", "clean", "args", "after"} <= row.keys() for row in rows)
+    assert {row["code"] for row in rows} == {evidence.digest("r3")}
+    assert all({"commit", "clean", "args", "after"} <= row.keys() for row in rows)
     assert rows[0]["before"] == rows[1]["before"]                    # one warm-up
     assert "--resume" in (tmp_path / "runs/r3-8-s300.txt").read_text().rpartition("stopped; saved")[2]
 

@@ -19,7 +19,8 @@ def fork(tmp_path_factory):
     def made(name):
         folder = tmp_path_factory.mktemp(name)
         shutil.copyfile(ROOT / "prl.py", folder / "prl.py")
-        applied = subprocess.run(["git", "apply", ROOT / "tests" / "forks" / f"{name}.patch"], cwd=folder, capture_output=True, text=True)
+        applied = subprocess.run(["git", "apply", ROOT / "tests" / "forks" / f"{name}.patch"],
+                                 cwd=folder, capture_output=True, text=True)
         assert applied.returncode == 0, applied.stderr
         spec = importlib.util.spec_from_file_location(f"prl_{name.replace('-', '_')}", folder / "prl.py")
         module = importlib.util.module_from_spec(spec)
@@ -62,9 +63,11 @@ def test_a_new_task_with_its_own_verifier(fork):
     module, folder = fork("countdown")
     args = module.Args(operations_low=2, operations_high=3, operations_hard=4, train_size=300, eval_size=20)
     problem = {"numbers": [2, 7, 2], "gold": 7.0}
-    say = lambda expression: module.reward(module.read_answers([f"2 + 7 + 2 = 11{module.ANSWER}{expression}"], [problem], args), [problem], args).item()
+    say = lambda expression: module.reward(module.read_answers([f"2 + 7 + 2 = 11{module.ANSWER}{expression}"], [problem], args),
+                                           [problem], args).item()
     assert [say(text) for text in ("2 + 7 - 2", "7 + 2 - 2", "2 - 2 + 7")] == [1, 1, 1]
-    assert [say(text) for text in ("7", "2 + 7 + 2", "7 + 2 - 2 ", "14 - 7", "2 + 7 - 2 + 0", "2+7-2", "x", "", "- 2 + 7 + 2")] == [0] * 9
+    assert [say(text) for text in ("7", "2 + 7 + 2", "7 + 2 - 2 ", "14 - 7", "2 + 7 - 2 + 0",
+                                   "2+7-2", "x", "", "- 2 + 7 + 2")] == [0] * 9
     assert module.read_answers(["2 + 7 - 2"], [problem], args) == [None]             # announced by nothing
     tokenizer = module.builtin_tokenizer(args)
     train, dev, test = module.load_problems(args)

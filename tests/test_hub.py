@@ -50,8 +50,8 @@ def hub(tmp_path, monkeypatch):
 
 def train(out, model, data, *flags):
     return run("ppo_reft", out, "--model", model, "--train-data", data, "--eval-data", data, "--warmup-epochs", "1",
-               "--warmup-batch-size", "16", "--iterations", "1", "--batch-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4",
-               "--eval-size", "2", "--device", "cpu", *flags, tiny=False)
+               "--warmup-batch-size", "16", "--iterations", "1", "--batch-size", "4", "--minibatch-size", "4",
+               "--max-new-tokens", "4", "--eval-size", "2", "--device", "cpu", *flags, tiny=False)
 
 
 @pytest.fixture

@@ -81,7 +81,8 @@ def compile_for(kernel, constants, logits, target, warps, stages):
     source = triton.compiler.ASTSource(
         fn=kernel, signature=types, constexprs={(index(n),): value for n, value in constants.items()},
         attrs={(index(n),): [["tt.divisibility", 16]] for n in types if n not in constants})        # aligned arguments
-    return triton.compile(source, target=triton.backends.compiler.GPUTarget(*target), options=dict(num_warps=warps, num_stages=stages))
+    return triton.compile(source, target=triton.backends.compiler.GPUTarget(*target),
+                          options=dict(num_warps=warps, num_stages=stages))
 
 
 def machine_code(cubin):

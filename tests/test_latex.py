@@ -12,15 +12,15 @@ import score
 
 SCRIPTS = {"ppo_reft": reft, "r3": r3, "score": score, "prl": prl}
 EQUAL = [(r"\frac{1}{2}", "0.5"), (r"\frac12", r"\dfrac{1}{2}"), (r"\tfrac{3}{4}", "3/4"), (r"3\frac{1}{2}", r"\frac{7}{2}"),
-         (r"\frac{1}{3}", "0.333333"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), ("2^{10}", "1024"),
-         ("1,000", "1000"), (r"10{,}000", "10000"), (r"\$18.90", "18.9"), (r"50\%", "50"), (r"90^\circ", "90"),
+         (r"\frac{1}{3}", "0.333333"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
+         ("2^{10}", "1024"), ("1,000", "1000"), (r"10{,}000", "10000"), (r"\$18.90", "18.9"), (r"50\%", "50"), (r"90^\circ", "90"),
          (r"5\text{ cm}", "5"), (r"1.5\times 10^3", "1500"), ("x^2+2x+1", "(x+1)^2"), ("(a-b)(a+b)", "a^2-b^2"),
          (r"2\sin x\cos x", r"\sin 2x"), ("y=2x+1", "y=1+2x"), ("5", "x=5"), (r"\{1,2\}", r"\{2,1\}"), (r"[0,1)", "[0, 1)"),
          (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"), (r"\text{(C)}", "C"), (r"\begin{pmatrix}1\\2\end{pmatrix}",
          r"\begin{pmatrix} 1 \\ \frac{4}{2} \end{pmatrix}")]
-UNEQUAL = [(r"\frac{1}{3}", "0.33"), (r"\sqrt{2}", "1.41"), ("0.01", "0.005"), ("5", "-5"), ("5", r"5 \text{ or } 6"), ("5", "5, 6"),
-           ("5", r"\pm 5"), ("(1,2)", "(2,1)"), ("[0,1)", "(0,1]"), ("x^2+2x+1", "(x-1)^2"), ("2x", "2y"), ("p-q", "q-p"),
-           (r"\text{east}", r"\text{west}"), (r"\text{C}", "D"), ("3", r"\infty")]
+UNEQUAL = [(r"\frac{1}{3}", "0.33"), (r"\sqrt{2}", "1.41"), ("0.01", "0.005"), ("5", "-5"), ("5", r"5 \text{ or } 6"),
+           ("5", "5, 6"), ("5", r"\pm 5"), ("(1,2)", "(2,1)"), ("[0,1)", "(0,1]"), ("x^2+2x+1", "(x-1)^2"), ("2x", "2y"),
+           ("p-q", "q-p"), (r"\text{east}", r"\text{west}"), (r"\text{C}", "D"), ("3", r"\infty")]
 
 
 def boxed(text):
@@ -58,9 +58,9 @@ def test_a_worker_that_died_is_replaced():
     assert reft.same_latex(boxed("6"), boxed("8-2"))
 
 
-BOXES = [(r"so $\boxed{7}$.", "7"), (r"\boxed{\frac{1}{\sqrt{2}}} and more", r"\frac{1}{\sqrt{2}}"), (r"\boxed{1} or \boxed{2}", "2"),
-         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{\boxed{3}}", "3"),
-         (r"\boxed{4", None), (r"\boxed{1} and \boxed{4", None), ("no box", None), (r"\boxed{}", "")]
+BOXES = [(r"so $\boxed{7}$.", "7"), (r"\boxed{\frac{1}{\sqrt{2}}} and more", r"\frac{1}{\sqrt{2}}"),
+         (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+         (r"\boxed{\boxed{3}}", "3"), (r"\boxed{4", None), (r"\boxed{1} and \boxed{4", None), ("no box", None), (r"\boxed{}", "")]
 
 
 @pytest.mark.parametrize("text, inside", BOXES)
@@ -72,7 +72,8 @@ A = reft.ANSWER
 NUMBERS = [                                                           # text, read, whether in the asked form
     (f"so{A}18", 18, True), (f"so{A}$18", 18, False), (f"so{A}18\nand more", 18, False), (r"so \boxed{18}", 18, False),
     (r"so \boxed{1,\!000}", 1000, False), (f"so \\boxed{{3}}{A}18", 18, True), (f"so{A}3, no: \\boxed{{18}}", 18, False),
-    (f"so{A}\\boxed{{18}}", 18, False), (r"so \boxed{18 or 19}", None, False), (f"so{A}\\boxed{{18", 18, False), ("so 18", None, False)]
+    (f"so{A}\\boxed{{18}}", 18, False), (r"so \boxed{18 or 19}", None, False),
+    (f"so{A}\\boxed{{18", 18, False), ("so 18", None, False)]
 
 
 @pytest.mark.parametrize("text, number, form", NUMBERS)
@@ -87,8 +88,9 @@ def test_numbers_are_read_from_boxes_too(name, text, number, form):
 
 
 @pytest.mark.parametrize("text, answer, form", [
-    (r"so $x = \boxed{\frac12}$.", r"\frac12", True), (rf"so{A}\boxed{{\frac12}}", r"\frac12", True), (rf"so{A}$\frac12$.", r"\frac12", False),
-    (rf"so{A}\(\frac12\)", r"\frac12", False), (rf"so{A}\frac12", r"\frac12", False), (f"so{A}$.5$.", ".5", False), (r"so \frac12", None, False), (f"so{A}", None, False)])
+    (r"so $x = \boxed{\frac12}$.", r"\frac12", True), (rf"so{A}\boxed{{\frac12}}", r"\frac12", True),
+    (rf"so{A}$\frac12$.", r"\frac12", False), (rf"so{A}\(\frac12\)", r"\frac12", False), (rf"so{A}\frac12", r"\frac12", False),
+    (f"so{A}$.5$.", ".5", False), (r"so \frac12", None, False), (f"so{A}", None, False)])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_latex_is_read_from_boxes_and_behind_the_trigger(name, text, answer, form):
     script, problem = SCRIPTS[name], {"gold": boxed("0.5"), "header": ""}
@@ -97,7 +99,8 @@ def test_latex_is_read_from_boxes_and_behind_the_trigger(name, text, answer, for
     assert answers == [answer and boxed(answer)] and script.in_form(text, problem, script.Args()) == form
     assert script.reward(answers, [problem], script.Args()).tolist() == [float(answer is not None)]
     if name != "prl":
-        assert script.read_answers([text], [problem], dataclasses.replace(script.Args(), strict=True)) == [answer and form and boxed(answer) or None]
+        args = dataclasses.replace(script.Args(), strict=True)
+        assert script.read_answers([text], [problem], args) == [answer and form and boxed(answer) or None]
 
 
 def test_a_wrong_expression_earns_nothing_and_votes_count_equal_ones_together():
@@ -106,8 +109,9 @@ def test_a_wrong_expression_earns_nothing_and_votes_count_equal_ones_together():
     assert reft.vote([boxed("3"), boxed("0.5"), None, boxed("4"), boxed(r"\frac12")]) == boxed("0.5")
 
 
-RECORDS = [({"problem": " Find $x$. ", "solution": r"It is $\boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}"}, r"\frac{1}{2}", True),
-           ({"problem": "Find $x$.", "solution": r"It is $\boxed{\frac{1}{2}}$."}, r"\frac{1}{2}", True),            # MATH as released
+RECORDS = [({"problem": " Find $x$. ", "solution": r"It is $\boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}"},
+            r"\frac{1}{2}", True),
+           ({"problem": "Find $x$.", "solution": r"It is $\boxed{\frac{1}{2}}$."}, r"\frac{1}{2}", True),         # MATH as released
            ({"problem": "Find $x$.", "answer": 27.0, "question": "Find $x$."}, "27", False),                         # AMC 23
            ({"problem": "Find $x$.", "answer": r"Start: \[ s=\boxed{1.6} \mathrm{cm} \]"}, "1.6", True)]             # Minerva
 
@@ -120,7 +124,8 @@ def test_records_of_maths_form(name, record, gold, demonstrated):
     assert (problem["question"], problem["answer"], problem["gold"]) == ("Find $x$.", boxed(gold), boxed(gold))
     assert bool(problem["cot"]) == demonstrated
     text = f"{problem['cot']}{script.ANSWER}{problem['answer']}"                          # what the warm-up teaches
-    assert script.reward(script.read_answers([text], [problem | {"header": ""}], script.Args()), [problem], script.Args()).tolist() == [1]
+    assert script.reward(script.read_answers([text], [problem | {"header": ""}], script.Args()), [problem],
+                         script.Args()).tolist() == [1]
     assert script.in_form(text, problem, script.Args())
 
 
@@ -162,8 +167,8 @@ def test_strict_accuracy_counts_right_answers_in_the_asked_form(monkeypatch):
         def decode(self, ids):
             return texts[ids[0] - 1]
 
-    monkeypatch.setattr(reft, "generate", lambda *_: (torch.tensor([[5, 1, 0], [5, 2, 0], [5, 3, 0]]), torch.ones(3, 2, dtype=torch.bool),
-                                                   torch.zeros(3, 2)))
+    monkeypatch.setattr(reft, "generate", lambda *_: (torch.tensor([[5, 1, 0], [5, 2, 0], [5, 3, 0]]),
+                                                      torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, 2)))
     data, _, answers = reft.respond(None, [{"gold": 18.0, "prompt": [5]}] * 3, Words(), reft.Args())
     measured = reft.measures(data, answers)
     assert measured["accuracy"] == [True, True, False] and measured["strict_accuracy"] == [True, False, False]

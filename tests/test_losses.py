@@ -94,8 +94,9 @@ def test_outcome_needs_the_trigger_and_takes_the_last_one():
     assert outcome(f"{reft.ANSWER}19{reft.ANSWER}18", 18.0) == 1
 
 
-@pytest.mark.parametrize("answer, gold, expected", [("1,000", 1000.0, 1), ("1,234,567.5", 1234567.5, 1), ("-3", -3.0, 1), ("$-3", -3.0, 1),
-                                                    ("-$3", -3.0, 1), (".5", 0.5, 1), ("1 / 2", 0.5, 1), ("1,00", 100.0, .1)])
+@pytest.mark.parametrize("answer, gold, expected", [("1,000", 1000.0, 1), ("1,234,567.5", 1234567.5, 1), ("-3", -3.0, 1),
+                                                    ("$-3", -3.0, 1), ("-$3", -3.0, 1), (".5", 0.5, 1),
+                                                    ("1 / 2", 0.5, 1), ("1,00", 100.0, .1)])
 def test_numbers(answer, gold, expected):
     assert outcome(reft.ANSWER + answer, gold) == pytest.approx(expected)
 
@@ -106,7 +107,8 @@ def test_strict_reads_a_bare_float_as_the_authors_do(answer, expected):
     assert outcome(reft.ANSWER + "1,000", 1000.0, strict=True) == 0
 
 
-@pytest.mark.parametrize("answer, expected", [("C", 1), ("'c'", 1), ("c ) 870", 1), ("d", 0), ("none", 0), ("a or c", 0), ("", 0), ("3", 0)])
+@pytest.mark.parametrize("answer, expected", [("C", 1), ("'c'", 1), ("c ) 870", 1), ("d", 0), ("none", 0),
+                                              ("a or c", 0), ("", 0), ("3", 0)])
 def test_a_wrong_letter_earns_nothing(answer, expected):
     assert outcome(reft.ANSWER + answer, "c") == expected
 
@@ -169,7 +171,8 @@ def test_gae_of_a_truncated_row_does_not_bootstrap():
 # ---- F6: whitening -----------------------------------------------------------------------------------------------------------
 
 ADVANTAGES = rows(at(A_MASK, (0.451, 0.58, 0.4)), at(B_MASK, (-0.082354, -0.086688, 0.014013, 0.01475, -0.195, -0.1)))
-WHITE = rows(at(A_MASK, (1.191902, 1.643639, 1.013308)), at(B_MASK, (-0.675818, -0.690996, -0.338359, -0.335776, -1.070287, -0.737612)))
+WHITE = rows(at(A_MASK, (1.191902, 1.643639, 1.013308)),
+             at(B_MASK, (-0.675818, -0.690996, -0.338359, -0.335776, -1.070287, -0.737612)))
 
 
 def test_whitening_over_all_response_tokens():
@@ -187,7 +190,7 @@ def test_whitening_one_token_is_finite():
 # ---- F7, F8, F9: the loss ----------------------------------------------------------------------------------------------------
 
 class Fixed:
-    """A policy and critic whose log-probs and values are given numbers (B, T-1): what loss_fn does with them is all that is left."""
+    """A policy and critic with given log-probs and values (B, T-1): what loss_fn does with them is all that is left."""
     head_weight = None
 
     def __init__(self, logprobs, values):
@@ -282,7 +285,8 @@ def tabular_gradients():
 
     J = sum((logp(s, a) + logp(t, b)).exp() * (float(a == b) - beta * (ratio(s, a) + ratio(t, b))) for s, a, t, b in paths)
     true = torch.autograd.grad(J, theta)[0]
-    return J.item(), [kl(s).item() for s in range(3)], true, via_script("k1"), via_script("exact"), expect(own_state_only), expect(loss_only)
+    return (J.item(), [kl(s).item() for s in range(3)], true, via_script("k1"), via_script("exact"),
+            expect(own_state_only), expect(loss_only))
 
 
 def test_k1_and_exact_give_the_true_gradient_and_two_other_forms_do_not():
@@ -403,7 +407,8 @@ def test_responses_end_before_the_end_token_and_those_without_one_are_cut_off(mo
     monkeypatch.setattr(reft, "read_answers", lambda texts, problems, args: [float(len(text)) for text in texts])
     problems = [{"prompt": [5], "gold": 2.0}] * 3
     data, texts, answers = reft.respond(None, problems, Words(), ARGS)
-    assert texts == ["ij", "ijijij", "fgh"] and answers == [2, 6, 3] and data["outcomes"].tolist() == [1, pytest.approx(0.1), pytest.approx(0.1)]
+    assert texts == ["ij", "ijijij", "fgh"] and answers == [2, 6, 3]
+    assert data["outcomes"].tolist() == [1, pytest.approx(0.1), pytest.approx(0.1)]
     assert data["ended"].tolist() == [True, False, False]            # an end token in the prompt does not count
     assert reft.measures(data, answers)["truncated"] == [False, True, True]
 
@@ -413,7 +418,8 @@ def test_a_loss_that_is_not_finite_names_the_tensor_and_keeps_the_weights():
     batch = reft.pack([([5, 6, 2], [False, False, True])], TINY_MODEL)
     before = [p.clone() for p in policy.parameters()]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    broken = lambda micro, minibatch: (lambda loss: (loss, {"value_loss": loss}))(reft.sft_loss(policy, micro, minibatch)[0] * math.nan)
+    broken = lambda micro, minibatch: (lambda loss: (loss, {"value_loss": loss}))(reft.sft_loss(policy, micro, minibatch)[0]
+                                                                                  * math.nan)
     with pytest.raises(FloatingPointError, match="value_loss is nan"):
         reft.optimiser_step(broken, batch, optimizer, ARGS)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))

@@ -35,7 +35,8 @@ RAGGED = [[7, 8, 9], [11], [4, 3, 2, 1, 10, 6, 7, 8, 9, 2], [3, 3]]
 def small_gpt(seed=0, scale=8, **kwargs):
     """A model with a vocabulary of 12 whose predictions are far from uniform."""
     torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(**dict(vocab_size=12, eos_id=0, pad_id=1, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, max_len=64) | kwargs))
+    gpt = GPT(GPTConfig(**dict(vocab_size=12, eos_id=0, pad_id=1, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
+                               max_len=64) | kwargs))
     with torch.no_grad():
         for p in gpt.parameters():
             if p.dim() == 2:
@@ -266,7 +267,8 @@ BROKEN = {                                              # what happens to a good
     "lower case": (edit_tokenizer(normalizer={"type": "Lowercase"}), ["tokenizer.json", "Lowercase"]),
     "Metaspace": (edit_tokenizer(pre_tokenizer={"type": "Metaspace"}), ["tokenizer.json", "Metaspace"]),
     "no pre-tokenizer": (edit_tokenizer(pre_tokenizer=None), ["tokenizer.json", "pre-tokenizer none"]),
-    "prefix space": (edit_tokenizer(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)), ["tokenizer.json", "prefix space"]),
+    "prefix space": (edit_tokenizer(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)),
+                     ["tokenizer.json", "prefix space"]),
     "more ids than rows": (edit_config(vocab_size=300), ["tokenizer.json", "319", "300"]),
     "added token": (add_token, ["tokenizer.json", "'<tool>'", "320"]),
     "eos in the tokenizer": (lambda f: edit_json(f / "tokenizer_config.json", eos_token=["a"]), ["tokenizer"]),
@@ -371,7 +373,8 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_gpt2_options_that_change_the_logits_are_refused(tmp_path):
-    for n, change in enumerate([dict(activation_function="relu"), dict(scale_attn_by_inverse_layer_idx=True), dict(scale_attn_weights=False)]):
+    for n, change in enumerate([dict(activation_function="relu"), dict(scale_attn_by_inverse_layer_idx=True),
+                                dict(scale_attn_weights=False)]):
         folder = copy_fixture(tmp_path / str(n), "gpt2")
         edit_json(folder / "config.json", **change)
         with pytest.raises(InputError, match="config.json"):
@@ -553,7 +556,8 @@ def test_the_saved_checkpoint_still_names_the_first_token(tmp_path):
         load_checkpoint(folder)[1].encode_prompt("a")
 
 
-PIECES = ["Question:\n", "Answer:\n", "1", "2", "12", " ", "\n", " +", "+", "é", "#### ", "<b>", ".", "(", "a|b", "\\", "-", "]", "^"]
+PIECES = ["Question:\n", "Answer:\n", "1", "2", "12", " ", "\n", " +", "+", "é", "#### ", "<b>", ".",
+          "(", "a|b", "\\", "-", "]", "^"]
 
 
 def byte_level(merges):
@@ -568,7 +572,7 @@ def byte_level(merges):
 def test_tiktoken_joins_where_it_gives_what_the_merges_give():
     """It joins any two neighbours whose joined text is a token, the lowest rank first. For random lists of merges of which
     _ranks_decide is sure, both ways give the same on all texts of up to eight letters; where they differ it is not sure."""
-    assert not model._ranks_decide({("b", "c"): 0, ("a", "b"): 1, ("ab", "c"): 2})            # a bc would be joined, which no merge lists
+    assert not model._ranks_decide({("b", "c"): 0, ("a", "b"): 1, ("ab", "c"): 2})      # a bc would be joined, which no merge lists
     assert not model._ranks_decide({("a", "b"): 0, ("b", "c"): 1, ("ab", "c"): 2, ("a", "bc"): 3})       # two merges of one token
     rng, sure = random.Random(0), 0
     for _ in range(300):
@@ -600,7 +604,8 @@ def test_pieces_are_the_vocabulary(tmp_path):
     assert (again.eos_id, again.pad_id, again.vocab_size) == (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size)
 
 
-@pytest.mark.parametrize("text, char", [("12x", "x"), ("Q", "Q"), ("1 2€3", "€"), ("<eos>", "<"), ("a", "a"), ("1\t", "\t"), ("a|bè", "è")])
+@pytest.mark.parametrize("text, char", [("12x", "x"), ("Q", "Q"), ("1 2€3", "€"), ("<eos>", "<"), ("a", "a"),
+                                        ("1\t", "\t"), ("a|bè", "è")])
 def test_a_character_outside_of_the_vocabulary_is_named(text, char):
     with pytest.raises(InputError, match="no token for") as error:
         Tokenizer.from_pieces(PIECES).encode(text)
@@ -695,7 +700,8 @@ def test_a_single_new_token_and_a_long_row():
 def test_a_prompt_is_computed_once_and_ended_rows_leave(monkeypatch):
     gpt = small_gpt()
     batches, trunk = [], model.trunk
-    monkeypatch.setattr(model, "trunk", lambda c, w, tokens, *rest: batches.append(tuple(tokens.shape)) or trunk(c, w, tokens, *rest))
+    monkeypatch.setattr(model, "trunk", lambda c, w, tokens, *rest: batches.append(tuple(tokens.shape))
+                        or trunk(c, w, tokens, *rest))
     torch.manual_seed(0)
     _, mask, _ = generate(gpt, [[4, 5, 6], [7, 8], [4, 5, 6]], 30, group_size=4)
     assert batches[0] == (2, 3)                         # two different prompts, whatever the number of rows
@@ -1098,10 +1104,12 @@ def test_padding_on_the_right_changes_nothing(family):
 def test_a_compiled_block_is_one_graph_for_all_layers_and_lengths(family, monkeypatch):
     """No break, one compilation with gradients and one without, and the numbers of the plain one."""
     graphs, compiler = [], torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(compiler, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph))
+    monkeypatch.setattr(torch, "compile", functools.partial(compiler, fullgraph=True,
+                                                            backend=lambda graph, _: graphs.append(graph) or graph))
     monkeypatch.setattr(model, "compiled_block", model.compiled_block.__wrapped__)
     gpt = long_gpt(family=family)
-    ref, batches = gpt.frozen(), [torch.randint(0, 60, shape, generator=torch.Generator().manual_seed(0)) for shape in ((3, 9), (5, 30), (2, 17))]
+    ref, batches = gpt.frozen(), [torch.randint(0, 60, shape, generator=torch.Generator().manual_seed(0))
+                                  for shape in ((3, 9), (5, 30), (2, 17))]
 
     def hidden():
         with torch.no_grad():
@@ -1162,6 +1170,7 @@ def test_a_mixture_of_families_is_refused():
 
 
 def test_only_the_listed_packages_are_imported():
-    code = "import sys, model; print(sorted({m.split('.')[0] for m in sys.modules} & {'transformers', 'tokenizers', 'triton', 'tqdm'}))"
+    code = ("import sys, model; print(sorted({m.split('.')[0] for m in sys.modules} "
+            "& {'transformers', 'tokenizers', 'triton', 'tqdm'}))")
     env = {**os.environ, "PYTHONPATH": str(Path(model.__file__).parent)}
     assert "transformers" not in subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""What prl.py adds: exact gradients by enumeration, optimum identities, the tables of steps and anchors, group norm, loss, pass@k."""
+"""What prl.py adds: exact gradients by enumeration, optimum identities, tables of steps and anchors, group norm, loss, pass@k."""
 import copy
 import dataclasses
 import functools
@@ -122,12 +122,13 @@ def test_the_step_end_anchor_is_biased(changes, entries, error, cosine):
 def wrong_split(table):
     """A line break that opens a step in place of ending one."""
     step = (torch.where(table.mask, table.tokens[:, 1:], 0) == 1).cumsum(1)
-    return table.r[:, None] - prl.suffix(table.ratios, table.mask).gather(1, prl.anchor_index(step, table.mask, "start"))[:, 2:5] / ETA
+    anchor = prl.anchor_index(step, table.mask, "start")
+    return table.r[:, None] - prl.suffix(table.ratios, table.mask).gather(1, anchor)[:, 2:5] / ETA
 
 
 @pytest.mark.parametrize("weights, error, cosine", [
     (wrong_split, 0.2679, 0.9699),
-    (lambda t: t.r[:, None] - (prl.suffix(t.ratios, t.mask)[:, 2:5] - t.delta) / ETA, 1.0076, 0.5874),        # without the token's own
+    (lambda t: t.r[:, None] - (prl.suffix(t.ratios, t.mask)[:, 2:5] - t.delta) / ETA, 1.0076, 0.5874),     # without the token's own
     (lambda t: t.r[:, None] - t.delta / ETA, 0.0884, 0.9984),                                                 # only the token's own
     (lambda t: t.r[:, None] - (1 - (-t.delta).exp()) / ETA, 0.2199, 0.9901),                                  # k3 in the loss
     (lambda t: t.r[:, None].expand(8, 3), 1.0276, 0.6062),                                                    # no KL
@@ -186,7 +187,8 @@ def test_at_the_optimum_the_shaped_reward_is_the_same_for_all_responses():
 
 
 def test_at_the_optimum_a_prefix_has_one_value_and_a_step_earns_the_difference():
-    table, values = Tabular(OPTIMUM), {"": 0.630846, "0": 0.681432, "1": 0.574561, "00": 0, "01": 0.867663, "10": 0.5, "11": 0.677419}
+    table, values = Tabular(OPTIMUM), {"": 0.630846, "0": 0.681432, "1": 0.574561, "00": 0, "01": 0.867663,
+                                       "10": 0.5, "11": 0.677419}
     after = prl.suffix(table.ratios, table.mask)[:, 2:5] - table.delta                   # what follows each token
     for s, r, delta, rest in zip(SEQUENCES, table.r, table.delta, after):
         path = [values["".join(map(str, s[:t]))] for t in range(3)] + [r.item()]
@@ -272,7 +274,8 @@ def check_steps(tokenizer, text):
     tokens = torch.tensor([[ids[0]] + ids])
     found = prl.step_id(tokens, torch.ones(1, len(ids), dtype=torch.bool), newline, ARGS)[0]
     assert found.tolist() == expected
-    assert [bool(newline[i]) for i in range(tokenizer.vocab_size)] == ["\n" in tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    assert [bool(newline[i]) for i in range(tokenizer.vocab_size)] == ["\n" in tokenizer.decode([i])
+                                                                       for i in range(tokenizer.vocab_size)]
     assert not newline[tokenizer.vocab_size:].any()
     return [tokenizer.decode([i]) for i in ids if newline[i]]
 
@@ -284,7 +287,8 @@ def test_a_token_that_holds_a_line_break_anywhere_ends_a_step(name):
 
 def test_tokens_with_more_than_a_line_break():
     pieces = ["a", " ", ".\n", "\n\n", "\n", "\n  ", "b\nc"]
-    assert prl.newline_tokens(Tokenizer.from_pieces(pieces), 9).tolist() == [False, False, True, True, True, True, True, False, False]
+    assert prl.newline_tokens(Tokenizer.from_pieces(pieces), 9).tolist() == [False, False, True, True, True, True, True,
+                                                                             False, False]
     assert check_steps(Tokenizer.from_pieces(pieces), "a.\na\n\nb\nca\n  a\n") == [".\n", "\n\n", "b\nc", "\n  ", "\n"]
 
 
@@ -309,7 +313,8 @@ def test_group_norm(outcomes, expected):
 
 
 def test_groups_do_not_mix_and_a_group_of_one_is_left_alone():
-    close(prl.group_advantages(torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1]), 4), [0.866024, -0.866024, -0.866024, 0.866024, 0, 0, 0, 0], 1e-6)
+    close(prl.group_advantages(torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1]), 4),
+          [0.866024, -0.866024, -0.866024, 0.866024, 0, 0, 0, 0], 1e-6)
     close(prl.group_advantages(torch.tensor([1.0, 0, 1]), 1), [1, 0, 1])
 
 
@@ -397,7 +402,8 @@ def test_ratio_1_gives_the_reinforce_gradient(monkeypatch):
 
 def test_the_k3_loss_and_its_gradient(monkeypatch):
     log_ratio = rows([0.5, -0.5, 0])
-    loss, stats, grad = loss_of(monkeypatch, [[1, 1, 0]], torch.zeros(1, 3), ref_log_ratio=log_ratio, method="grpo-kl-loss", kl_coef=0.1)
+    loss, stats, grad = loss_of(monkeypatch, [[1, 1, 0]], torch.zeros(1, 3),
+                                ref_log_ratio=log_ratio, method="grpo-kl-loss", kl_coef=0.1)
     close(loss, 0.1 * (0.106531 + 0.148721) / 2)                              # exp(-d) - 1 + d
     close(stats["kl_loss"], loss)
     close(grad, rows([0.1 * 0.393469 / 2, -0.1 * 0.648721 / 2, 0]))           # 1 - exp(-d)
@@ -427,7 +433,8 @@ def tiny(seed=0):
 
 def toy_rollout(monkeypatch, args, same_ref=False, outcomes=(1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1)):
     def reward(answers, problems, args):
-        assert [p["gold"] for p in problems] == [float(i // args.group_size) for i in range(len(answers))]   # each row's own question
+        assert [p["gold"] for p in problems] == [float(i // args.group_size)
+                                                 for i in range(len(answers))]   # each row's own question
         return torch.tensor([float(o) for o in outcomes])
     monkeypatch.setattr(prl, "reward", reward)
     policy = tiny()
@@ -515,14 +522,16 @@ def test_micro_batch_size_changes_nothing_but_memory(monkeypatch, changes):
 
 # ---- outcome, pass@k, intervals, the hard test set ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("answer, expected", [("18", 1), ("18.005", 1), ("19", 0), ("18.02", 0), ("eighteen", 0), ("", 0), ("nan", 0)])
+@pytest.mark.parametrize("answer, expected", [("18", 1), ("18.005", 1), ("19", 0), ("18.02", 0),
+                                              ("eighteen", 0), ("", 0), ("nan", 0)])
 def test_there_is_no_partial_reward(answer, expected):
     problem = {"gold": 18.0}
     assert prl.reward(prl.read_answers([prl.ANSWER + answer], [problem], ARGS), [problem], ARGS).tolist() == [expected]
 
 
 def test_the_last_announcement_counts_and_its_first_line():
-    problems, texts = [{"gold": 18.0}] * 4, ["18", f"{prl.ANSWER}5{prl.ANSWER}18", f"{prl.ANSWER}18{prl.ANSWER}5", f"{prl.ANSWER}18\nor 5"]
+    problems, texts = [{"gold": 18.0}] * 4, ["18", f"{prl.ANSWER}5{prl.ANSWER}18",
+                                             f"{prl.ANSWER}18{prl.ANSWER}5", f"{prl.ANSWER}18\nor 5"]
     assert prl.reward(prl.read_answers(texts, problems, ARGS), problems, ARGS).tolist() == [0, 1, 0, 1]
 
 
@@ -532,8 +541,8 @@ def test_a_record_is_of_either_form_and_its_answer_a_number():
     reft = {"question": "How many?", "answer_cot": "9 + 9 = 18\n\nTherefore, the answer is <18>.", "answer_value": "18"}
     assert prl.parse_record(reft, ARGS) == same
     assert prl.parse_record(reft | {"answer_cot": "Already answered: the answer is <18>."}, ARGS)["cot"] == ""
-    for raw, words in [(reft | {"answer_value": "c"}, "'c' is not a number"), ({"question": "How many?", "answer": ["#### 18"]}, "neither"),
-                       ({"answer": "#### 18"}, "`question`")]:
+    for raw, words in [(reft | {"answer_value": "c"}, "'c' is not a number"),
+                       ({"question": "How many?", "answer": ["#### 18"]}, "neither"), ({"answer": "#### 18"}, "`question`")]:
         with pytest.raises(InputError, match=words):
             prl.parse_record(raw, ARGS)
 
@@ -604,7 +613,8 @@ def test_base_is_an_evaluation_alone_and_the_summary_holds_what_a_table_needs(tm
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     last = {f"last_{name}": x for name, x in summary["before"].items() if isinstance(x, float)}
     assert summary["before"] | last == summary["after"] and summary["best"]["iteration"] == 0
-    assert {"last_hard_pass@6", "last_avg@6", "last_entropy", "hard_entropy"} <= summary["after"].keys() and summary["after"]["entropy"] > 0
+    assert {"last_hard_pass@6", "last_avg@6", "last_entropy", "hard_entropy"} <= summary["after"].keys()
+    assert summary["after"]["entropy"] > 0
     for prefix in ("", "hard_"):
         part = summary["after"]
         assert [k for k in (1, 2, 3, 4, 6) if f"{prefix}pass@{k}" in part] == [1, 2, 4, 6]

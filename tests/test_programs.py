@@ -567,7 +567,8 @@ def test_a_program_of_the_data_that_does_not_run_leaves_its_problem_out(capsys):
     """--cot program: what Monty cannot run, and what does not give the record's own answer, would teach nothing right."""
     args = programs.Args(cot="program")
     records = [{"question": f"{i}?", "answer_value": "18", "answer_cot": f"def solution():\n    {body}"} for i, body in
-               enumerate(["return 18", "return 17", "import heapq\n    return 18", "yield 18"])] + [{"question": "4?", "answer_value": "18"}]
+               enumerate(["return 18", "return 17", "import heapq\n    return 18", "yield 18"])]
+    records.append({"question": "4?", "answer_value": "18"})
     kept = programs.judged([programs.parse_record(record, args) for record in records], "x.json", args)
     assert [problem["question"] for problem in kept] == ["0?", "4?"]
     assert capsys.readouterr().out == ("warning: x.json: 3 problems are left out, whose own program does not give the answer here: "

@@ -156,7 +156,8 @@ def chatting(script, folder, out, *flags):
 def test_a_run_in_chat_says_what_it_asks_and_keeps_the_template(script, chatty, tmp_path):
     result = chatting(script, chatty, tmp_path / "run", "--prompt", "chat", "--system", "Count.")
     assert result.returncode == 0, result.stderr
-    assert "first prompt (begins with the BOS <|im_start|>): '<|im_start|>system\\nCount.<|im_end|>\\n<|im_start|>user" in result.stdout
+    assert ("first prompt (begins with the BOS <|im_start|>): '<|im_start|>system\\nCount.<|im_end|>\\n"
+            "<|im_start|>user") in result.stdout
     assert (tmp_path / "run/model/chat_template.jinja").read_text() == CHATS["markers"]["template"]
 
 

@@ -168,7 +168,8 @@ def test_uniform_counts_the_tokens_of_a_programs_header():
     problem = encoded({"question": "How many?", "answer_cot": PROGRAM, "answer_value": "3"}, tokenizer, **PROGRAMS)
     head, body = len(tokenizer.encode(problem["header"])), len(problem["response"]) - 1
     expected = [max(p - head, 0) for p in r3.evenly(head + body, 5)]
-    assert [len(given(s, problem)) for s in r3.start_states(problem, tokenizer, args)] == expected and expected[2] == 0 < expected[3]
+    assert [len(given(s, problem)) for s in r3.start_states(problem, tokenizer, args)] == expected
+    assert expected[2] == 0 < expected[3]
 
 
 def builtin(split=0, **flags):
@@ -208,7 +209,7 @@ def test_builtin_demonstrations_follow_the_tables_and_change_their_style_line_by
 
 
 def test_coins_are_counted_line_by_line():
-    """Problem 4 -> 6 letters in two steps: a right careful line, a hasty one that is right from a wrong state, and what is no line."""
+    """Problem 4 -> 6 letters in two steps: a right careful line, a hasty one right from a wrong state, and what is no line."""
     a, b = (r3.TABLES[letter] for letter in "ab")
     problem = {"start": 4, "chain": ["aba", "bbb"]}
     first, wrong = [a[4], b[a[4]], a[b[a[4]]]], (a[b[a[4]]] + 1) % 10
@@ -234,7 +235,8 @@ def test_the_prediction_is_the_product_of_the_coins(monkeypatch):
     assert (found["careful_right"], found["hasty_right"], found["careful_share"], found["sampled"]) == (1, 0, 0.5, 1)
 
 
-@pytest.mark.parametrize("flags, words", [({"cot": "program"}, "--cot program needs --train-data"), ({"operations_train": 17}, "at most 16 steps"),
+@pytest.mark.parametrize("flags, words", [({"cot": "program"}, "--cot program needs --train-data"),
+                                          ({"operations_train": 17}, "at most 16 steps"),
                                           ({"operations_high": 17}, "at most 16 steps")])
 def test_what_built_in_problems_cannot_be_is_refused(flags, words):
     with pytest.raises(InputError, match=words):
@@ -248,7 +250,8 @@ def test_a_record_is_of_either_form_and_its_answer_a_number():
     assert r3.parse_record(record, ARGS) == same
     program = dataclasses.replace(ARGS, **PROGRAMS)
     assert r3.parse_record(record | {"answer_cot": REWORDED}, program)["cot"] == PROGRAM[PROGRAM.index("    a"):]
-    for raw, args, words in [(record | {"answer_value": "c"}, ARGS, "'c' is not a number"), ({"answer": "#### 18"}, ARGS, "`question`"),
+    for raw, args, words in [(record | {"answer_value": "c"}, ARGS, "'c' is not a number"),
+                             ({"answer": "#### 18"}, ARGS, "`question`"),
                              ({"question": "How many?", "answer": ["#### 18"]}, ARGS, "neither"),
                              ({"question": "How many?", "answer": "#### 18"}, program, "--cot program")]:
         with pytest.raises(InputError, match=words):

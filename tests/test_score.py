@@ -186,13 +186,15 @@ def test_log_ratios_in_the_reward():
 
 def test_the_control_of_the_bonus_weighs_the_second_turn_of_stage_2_alone():
     for stage, weight in (1, 1), (2, 11):
-        (A1, A2), (plain1, plain2) = advantages(stage, method="no-shaping", turn2_weight=11.0), advantages(stage, method="no-shaping")
+        A1, A2 = advantages(stage, method="no-shaping", turn2_weight=11.0)
+        plain1, plain2 = advantages(stage, method="no-shaping")
         assert torch.equal(A1, plain1) and torch.equal(A2, weight * plain2)
 
 
 def made(texts, answers, outcomes, ids=((7, 2),) * 4, ended=(True,) * 4):
     """Attempts as one_turn() returns them."""
-    columns = {"ids": map(list, ids), "text": texts, "answer": answers, "outcome": map(float, outcomes), "strict": [outcome == 1 for outcome in outcomes], "ended": ended}
+    columns = {"ids": map(list, ids), "text": texts, "answer": answers, "outcome": map(float, outcomes),
+               "strict": [outcome == 1 for outcome in outcomes], "ended": ended}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
@@ -202,9 +204,9 @@ def test_measures_are_shares_of_all_problems():
     found = score.means(score.turn_measures(first, second))
     assert found.pop("edit_histogram") == pytest.approx([0.5, 0, 0.25, 0, 0, 0, 0, 0, 0, 0.25])
     assert found == pytest.approx({
-        "accuracy": 0.5, "strict_accuracy": 0.5, "outcome": 1.0, "t1": 0.5, "t2": 0.5, "delta": 0.0, "i->c": 0.25, "c->i": 0.25, "changed": 0.5,
-        "unparsed": 3 / 8, "edit_ratio": (0 + 1 / 5 + 1 + 0) / 4, "truncated": 3 / 8, "truncated_1": 0.25, "truncated_2": 0.5,
-        "response_length": 5, "length_1": 2, "length_2": 3})
+        "accuracy": 0.5, "strict_accuracy": 0.5, "outcome": 1.0, "t1": 0.5, "t2": 0.5, "delta": 0.0, "i->c": 0.25, "c->i": 0.25,
+        "changed": 0.5, "unparsed": 3 / 8, "edit_ratio": (0 + 1 / 5 + 1 + 0) / 4, "truncated": 3 / 8, "truncated_1": 0.25,
+        "truncated_2": 0.5, "response_length": 5, "length_1": 2, "length_2": 3})
 
 
 def test_conditional_rates(monkeypatch):
@@ -546,7 +548,7 @@ def test_the_warmup_does_not_teach_correction():
             same += texts[0] == texts[1]
             if texts[0] != texts[1]:
                 fresh[first == 1].append(second)
-    turns = len(firsts)                                                      # of 100 drawn anew 35 are right: 50 * 35 + 50 * 65 differ
+    turns = len(firsts)                                                   # of 100 drawn anew 35 are right: 50 * 35 + 50 * 65 differ
     assert sum(firsts) / turns == pytest.approx(1 - ARGS.wrong, abs=0.02)
     assert 1 - same / turns == pytest.approx((1 - ARGS.copies) / 2, abs=0.01)
     assert len(fresh[False]) / (len(fresh[True]) + len(fresh[False])) == pytest.approx(1 - ARGS.wrong_again, abs=0.08)
@@ -563,7 +565,7 @@ def test_an_attempt_announces_its_answer_and_then_works_it_out():
     assert answers == ["4", "8"]                                             # 8: without the last operation
     texts = [text, text + score.ANSWER + "4"]
     problems = [{"gold": 4.0, "answer_first": True}, {"gold": 4.0}]
-    assert score.read_answers([text, text + score.ANSWER + "4"], problems[:1] * 2, ARGS) == [8, 8]       # the first announcement counts
+    assert score.read_answers([text, text + score.ANSWER + "4"], problems[:1] * 2, ARGS) == [8, 8]   # the first announcement counts
     assert score.read_answers([texts[1]] * 2, problems, ARGS) == [8, 4]
     assert [score.in_form(text, problem, ARGS) for problem in problems] == [True, False]
 
@@ -591,7 +593,8 @@ def test_controls_tell_mending_from_solving_anew(monkeypatch):
         return lambda policy, problems, *rest: {"t2": sum(map(right, problems)) / len(problems)}
 
     monkeypatch.setattr(score, "evaluate", evaluate(True))
-    assert score.controls(None, problems, None, ARGS) == {"swapped_t2": 2 / 3, "shown": 1 / 3, "mended_shown": 1, "mended_hidden": 0}
+    assert score.controls(None, problems, None, ARGS) == {"swapped_t2": 2 / 3, "shown": 1 / 3,
+                                                          "mended_shown": 1, "mended_hidden": 0}
     monkeypatch.setattr(score, "evaluate", evaluate(False))
     assert score.controls(None, problems, None, ARGS) == {"swapped_t2": 1, "shown": 1 / 3, "mended_shown": 1, "mended_hidden": 1}
 
@@ -626,7 +629,8 @@ def test_which_traces_are_kept(method, expected):
 
 
 @pytest.mark.parametrize("method, kept, trained", [
-    ("star", 40, [1, 1, 1, 1, 1, 0] * 2), ("pair-sft", 40, [1, 1, 1, 1, 1] + [0] * 7), ("pair-sft", 100, [2, 2, 2, 2, 2, 2, 2] + [0] * 5),
+    ("star", 40, [1, 1, 1, 1, 1, 0] * 2), ("pair-sft", 40, [1, 1, 1, 1, 1] + [0] * 7),
+    ("pair-sft", 100, [2, 2, 2, 2, 2, 2, 2] + [0] * 5),
     ("star-stage2", 40, [None] * 4 + [2, 2, 2, 0] * 2), ("star", 0, [0] * 12)])
 def test_rounds_train_their_traces_once(method, kept, trained, monkeypatch):
     """Two rounds of six iterations, or one of twelve: ceil(kept / 8) steps each, from the base again but for star-stage2; and a
@@ -794,11 +798,13 @@ def test_authors_split_of_mbpp(tmp_path, capsys):
 def test_both_prompts_end_with_the_first_lines_of_a_program():
     tokenizer = Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
     args = flags(cot="program", train_data="x")
-    raw = {"question": "What is 2 + 3?", "answer_cot": 'def solution():\n    """What is 2 + 3?"""\n    return 2 + 3', "answer_value": "5"}
+    raw = {"question": "What is 2 + 3?", "answer_cot": 'def solution():\n    """What is 2 + 3?"""\n    return 2 + 3',
+           "answer_value": "5"}
     problem = score.encode_problem(score.parse_record(raw, args), tokenizer, args)
     header = 'def solution():\n    """What is 2 + 3?"""\n'
     assert tokenizer.decode(problem["prompt"]) == f"Question:\nWhat is 2 + 3?\nAnswer reasoning:\n{header}"
-    assert tokenizer.decode(problem["again"]).endswith(f"Only output the final correct Python program!\nAnswer reasoning:\n{header}")
+    assert tokenizer.decode(problem["again"]).endswith("Only output the final correct Python program!\n"
+                                                       f"Answer reasoning:\n{header}")
     assert tokenizer.decode(problem["response"][:-1]) == "    return 2 + 3"
     assert score.read_answers(["    return 2 + 3", "    return 6", "    return"], [problem] * 3, args) == [5.0, 6.0, None]
 

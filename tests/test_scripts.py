@@ -100,6 +100,12 @@ def test_the_paper_comes_first(script):
     assert all(i < baselines for i, line in enumerate(lines) if re.search(r"  # (Eq\. 1|[FS][1-9])$", line))
 
 
+def test_no_line_is_wider_than_132_columns():
+    assert not [f"{path.relative_to(ROOT)}:{i}" for pattern in ("*.py", "kernels/*.py", "tests/*.py")
+                for path in sorted(ROOT.glob(pattern))
+                for i, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 132]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_equation_table(script):
     """Every function in the docstring's table exists, and every number in it tags a line of that function."""
@@ -115,10 +121,11 @@ def test_equation_table(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_imports(script):
     allowed = set(sys.stdlib_module_names) | {"torch", "model", "kernels", "tqdm", "filelock"}
-    late = allowed | {"matplotlib", "pydantic_monty", "rapidfuzz", "huggingface_hub", "jinja2"}                   # only some runs need them
+    late = allowed | {"matplotlib", "pydantic_monty", "rapidfuzz", "huggingface_hub", "jinja2"}           # only some runs need them
     tree = ast.parse((ROOT / f"{script}.py").read_text())
     for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                 [node.module] if isinstance(node, ast.ImportFrom) else [])
         assert {name.split(".")[0] for name in names} <= (allowed if node in tree.body else late)
 
 
@@ -178,7 +185,8 @@ def test_a_run_writes_its_folder(script, method, folder):
         assert {"accuracy", "outcome", "kl", "kl_k1", "response_length", "truncated", "unparsed", "no_signal", "entropy",
                 "grad_norm"} <= log[1].keys() and log[1]["kl"] >= 0
     if method == "reft":
-        assert {"policy_loss", "value_loss", "explained_variance"} <= log[1].keys() and log[1]["clip_frac"][0] == 0   # the ratio is 1
+        assert {"policy_loss", "value_loss", "explained_variance"} <= log[1].keys()
+        assert log[1]["clip_frac"][0] == 0                                    # the ratio is 1
 
 
 @pytest.mark.parametrize("script, method", CASES[:1])
@@ -197,7 +205,8 @@ def test_kill_and_resume_equals_an_unbroken_run(script, method, folder, tmp_path
     _, seconds = whole_run(script, method, folder / f"{script}-{method}")
     out = tmp_path / "killed"
     resume = lambda: ["--resume"] if (out / "state.pt").exists() else []
-    for lines, moment in (2, random.uniform(0, seconds)), (3, 60), (math.inf, random.uniform(0, seconds)):     # the first is the warm-up's
+    # the log's first line is the warm-up's
+    for lines, moment in (2, random.uniform(0, seconds)), (3, 60), (math.inf, random.uniform(0, seconds)):
         running, began = start(script, out, "--method", method, *resume()), time.time()
         while time.time() < began + moment and lines_of(out) < lines and not running.ended():
             time.sleep(0.003)
@@ -273,7 +282,7 @@ def test_a_schedule_over_the_iterations_cannot_grow(folder, tmp_path):
 def test_a_signal_is_looked_at_in_an_evaluation(script, monkeypatch, capsys, tmp_path):
     module = importlib.import_module(script)
     measured = {"accuracy": [1.0] * 4}, "text"
-    monkeypatch.setattr(module, "attempt", lambda *_: module.STOP.append(signal.SIGTERM) or measured)         # a signal while it works
+    monkeypatch.setattr(module, "attempt", lambda *_: module.STOP.append(signal.SIGTERM) or measured)      # a signal while it works
     monkeypatch.setattr(module, "STOP", [])
     monkeypatch.setattr(sys, "argv", ["x.py", "--out", "here"])
     groups = dict(batch_size=1, group_size=4) if script in ("score", "prl") else {}
@@ -282,7 +291,8 @@ def test_a_signal_is_looked_at_in_an_evaluation(script, monkeypatch, capsys, tmp
     with pytest.raises(SystemExit) as ended:
         module.evaluate(None, problems, None, args)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert "stopped in the evaluation; what was saved last is kept in here; go on with: python x.py --out here --resume" in capsys.readouterr().err
+    assert ("stopped in the evaluation; what was saved last is kept in here; go on with: "
+            "python x.py --out here --resume") in capsys.readouterr().err
 
 
 def test_long_work_says_a_line_each_minute_where_there_is_no_terminal(monkeypatch, capsys):
@@ -356,12 +366,14 @@ def test_the_command_to_go_on_can_be_pasted(tmp_path):
 
 @pytest.mark.parametrize("which", ["train_data", "eval_data", "model"])
 def test_resume_with_other_inputs_is_refused(which, checkpoint, tmp_path):
-    flags = {"model": tmp_path / "model", "train_data": write(tmp_path / "train.jsonl", GSM), "eval_data": write(tmp_path / "test.jsonl", GSM[:9])}
+    flags = {"model": tmp_path / "model", "train_data": write(tmp_path / "train.jsonl", GSM),
+             "eval_data": write(tmp_path / "test.jsonl", GSM[:9])}
     shutil.copytree(checkpoint, tmp_path / "model")
     whole = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)] + [
-        "--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4", "--eval-size", "4"]
+        "--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "4",
+        "--max-new-tokens", "4", "--eval-size", "4"]
     result = run("ppo_reft", tmp_path / "run", *whole, tiny=False)
-    assert result.returncode == 0 and "warning: 4 of 4 test questions" in result.stdout, result.stderr           # those of both files
+    assert result.returncode == 0 and "warning: 4 of 4 test questions" in result.stdout, result.stderr         # those of both files
     assert run("ppo_reft", tmp_path / "run", *whole, "--resume", tiny=False).returncode == 0
     if which == "model":
         config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -394,9 +406,11 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-GSM = [{"question": f"Ann has {i} pens and buys {i}. How many?", "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(30)]
+GSM = [{"question": f"Ann has {i} pens and buys {i}. How many?", "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
+       for i in range(30)]
 REFT = [{"item_id": str(i), "question": f"Ann has {i} pens and buys {i}. How many?",
-         "answer_cot": f"{i} + {i} = {2 * i}\n\nTherefore, the answer is <{2 * i}>.", "answer_value": f"{2 * i}.0"} for i in range(30)]
+         "answer_cot": f"{i} + {i} = {2 * i}\n\nTherefore, the answer is <{2 * i}>.",
+         "answer_value": f"{2 * i}.0"} for i in range(30)]
 
 
 def write(path, records, form="lines"):
@@ -407,12 +421,14 @@ def write(path, records, form="lines"):
 @pytest.mark.parametrize("form, records", [("lines", GSM), ("list", REFT)])
 def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     data = write(tmp_path / "data", records, form)
-    result = run("ppo_reft", tmp_path / "run", "--model", checkpoint, "--train-data", data, "--eval-data", data, "--iterations", "1",
-                 "--warmup-epochs", "1", "--batch-size", "8", "--minibatch-size", "8", "--max-new-tokens", "16", "--eval-size", "8", tiny=False)
+    result = run("ppo_reft", tmp_path / "run", "--model", checkpoint, "--train-data", data, "--eval-data", data,
+                 "--iterations", "1", "--warmup-epochs", "1", "--batch-size", "8", "--minibatch-size", "8",
+                 "--max-new-tokens", "16", "--eval-size", "8", tiny=False)
     assert result.returncode == 0, result.stderr
 
 
-MATH = [{"problem": f"What is half of ${i}$?", "solution": f"It is $\\boxed{{\\frac{{{i}}}{{2}}}}$.", "answer": f"\\frac{{{i}}}{{2}}"} for i in range(30)]
+MATH = [{"problem": f"What is half of ${i}$?", "solution": f"It is $\\boxed{{\\frac{{{i}}}{{2}}}}$.",
+         "answer": f"\\frac{{{i}}}{{2}}"} for i in range(30)]
 SHORT = ["--iterations", "1", "--warmup-epochs", "1", "--batch-size", "4", "--minibatch-size", "16", "--max-new-tokens", "4"]
 
 
@@ -434,8 +450,8 @@ def test_several_test_files_and_latex(script, checkpoint, tmp_path):
     if script == "prl":
         assert after["right"] == after["math_right"] + " " + after["gsm_right"] and len(after["gsm_right"].split()) == 3
     files[2].write_text(json.dumps(GSM[4]))
-    refuse(run(script, tmp_path / "run", "--model", checkpoint, "--train-data", files[0], "--eval-data", f"{files[1]},{files[2]}", *SHORT,
-               "--resume", tiny=False), "--eval-data", "has changed")
+    refuse(run(script, tmp_path / "run", "--model", checkpoint, "--train-data", files[0], "--eval-data", f"{files[1]},{files[2]}",
+               *SHORT, "--resume", tiny=False), "--eval-data", "has changed")
 
 
 @pytest.mark.parametrize("script, method", [case for case in CASES if case[1] in OWN])
@@ -452,7 +468,8 @@ def test_evaluate_only(script, method, folder, tmp_path):
     assert {"accuracy", "strict_accuracy", "truncated"} <= shared
     assert {name: found["after"][name] for name in shared} == {name: was["after"][name] for name in shared}
     assert [record["event"] for record in read_log(out)] == ["end"] and "warm-up" not in result.stdout
-    assert f"evaluation: accuracy {found['after']['accuracy']:.3f} on 8 test problems;" in result.stdout and "tokens/s" not in result.stdout
+    assert f"evaluation: accuracy {found['after']['accuracy']:.3f} on 8 test problems;" in result.stdout
+    assert "tokens/s" not in result.stdout
     refuse(run(script, out, "--model", trained / "model", "--evaluate-only"), "holds a run already")
 
 
@@ -599,7 +616,8 @@ def test_bad_data_is_refused_with_its_line(text, words, checkpoint, tmp_path):
     result = run("ppo_reft", tmp_path / "run", "--model", checkpoint, "--train-data", tmp_path / "train.jsonl", "--eval-data", good)
     refuse(result, *words)
     assert not (tmp_path / "run").exists()
-    refuse(run("ppo_reft", tmp_path / "run", "--model", checkpoint, "--train-data", tmp_path / "none", "--eval-data", good), "none: cannot be read")
+    refuse(run("ppo_reft", tmp_path / "run", "--model", checkpoint, "--train-data", tmp_path / "none", "--eval-data", good),
+           "none: cannot be read")
 
 
 def test_the_commands_of_readme_are_accepted():
@@ -617,7 +635,9 @@ def test_the_commands_of_readme_are_accepted():
 
 def test_warning_after_ten_iterations_without_signal(tmp_path, capsys):
     import ppo_reft as reft
-    args, state = reft.Args(out=str(tmp_path), iterations=40), {"seconds": 0.0, "tokens": 0, "log_lines": 0, "flat": 0, "rollouts": 0, "flops": 0.0, "phases": dict.fromkeys(reft.PHASES, 0.0)}
+    args = reft.Args(out=str(tmp_path), iterations=40)
+    state = {"seconds": 0.0, "tokens": 0, "log_lines": 0, "flat": 0, "rollouts": 0, "flops": 0.0,
+             "phases": dict.fromkeys(reft.PHASES, 0.0)}
     for iteration in range(1, 11):
         assert "nothing to learn from" not in capsys.readouterr().out
         reft.finish_iteration({"no_signal": 1.0, "tokens": 5}, iteration, state, args)
@@ -660,13 +680,15 @@ def test_every_line_says_what_it_cost(script, method, folder):
     for record in iterations:
         training = sum(record["phases"][name] for name in ("generate", "check", "score", "update"))
         assert 0 < training <= record["seconds"] + 1e-3 and record["phases"]["generate"] > 0 < record["phases"]["update"]
-        assert (record["phases"]["evaluate"] > 0) == (record["iteration"] in (1, 3)) and record["phases"]["save"] > 0     # 1: of 0, the start
+        assert (record["phases"]["evaluate"] > 0) == (record["iteration"] in (1, 3))              # 1: of 0, the start
+        assert record["phases"]["save"] > 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rollouts_per_second"] > 0 < summary["tokens_per_second"] and summary["seconds"] == pytest.approx(
         sum(record["seconds"] for record in iterations), abs=0.01)
     for name, value in summary["phases"].items():
         assert value == pytest.approx(sum(r["phases"][name] for r in (warmup, *iterations, end)), abs=0.06), name
-    assert f"seconds: generate {summary['phases']['generate']}" in printed and f"{summary['rollouts_per_second']} rollouts/s" in printed
+    assert f"seconds: generate {summary['phases']['generate']}" in printed
+    assert f"{summary['rollouts_per_second']} rollouts/s" in printed
 
 
 def test_flops_of_an_update_and_the_share_of_the_peak(checkpoint, monkeypatch):
@@ -683,8 +705,9 @@ def test_flops_of_an_update_and_the_share_of_the_peak(checkpoint, monkeypatch):
     reft.lap(state)
     assert state["flops"] - NOTHING["flops"] == 6 * (8 * blocks + 4 * 16 * vocabulary + 16 * (5 ** 2 + 3 ** 2))
     for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
-                       "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
-                       "NVIDIA L40": None, "NVIDIA A10G": None, "NVIDIA GH200 480GB": None, "NVIDIA L4": 121e12}.items():
+                       "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12,
+                       "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA L40": None, "NVIDIA A10G": None,
+                       "NVIDIA GH200 480GB": None, "NVIDIA L4": 121e12}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
         busy = state | {"peak_gib": 1.2345, "flops": 989e12, "phases": state["phases"] | {"update": 2.0}}
         bill = reft.bill(busy, reft.Args())
@@ -698,7 +721,8 @@ def test_demonstrations_longer_than_responses_are_counted_at_the_start(capsys):
     assert "warning" not in capsys.readouterr().out
     longer = sum(len(problem["response"]) > 30 for problem in train)
     reft.prepare(dataclasses.replace(args, max_new_tokens=30))
-    assert 0 < longer < 200 and f"warning: {longer} of 200 demonstrations are longer than --max-new-tokens 30" in capsys.readouterr().out
+    assert 0 < longer < 200
+    assert f"warning: {longer} of 200 demonstrations are longer than --max-new-tokens 30" in capsys.readouterr().out
 
 
 def test_truncated_share_is_red_above_a_fifth(capsys, monkeypatch):
@@ -727,7 +751,8 @@ def test_readme_explains_the_line(script):
 
 def test_the_log_keeps_small_numbers(tmp_path):
     import ppo_reft as reft
-    reft.write_log({"lr": 3e-7, "kl": 1.23456789e-9, "long": 12.3456789, "none": math.nan}, {"log_lines": 0}, reft.Args(out=str(tmp_path)))
+    reft.write_log({"lr": 3e-7, "kl": 1.23456789e-9, "long": 12.3456789, "none": math.nan},
+                   {"log_lines": 0}, reft.Args(out=str(tmp_path)))
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"lr": 3e-7, "kl": 1.23457e-9, "long": 12.3457, "none": None}
 
 
@@ -735,12 +760,13 @@ def test_screens_of_all_kinds(checkpoint, tmp_path):
     """A screen that is not UTF-8, closed, or read by `head`, and a notebook's MPLBACKEND: the run goes on and ends well."""
     records = [r | {"question": r["question"].replace("Ann has", "Ann~s tab:")} for r in GSM]
     data = write(tmp_path / "data.jsonl", records)
-    flags = ["--model", checkpoint, "--train-data", data, "--eval-data", data, "--warmup-epochs", "1", "--iterations", "1", "--batch-size", "4",
-             "--minibatch-size", "4", "--max-new-tokens", "4", "--eval-size", "2", "--device", "cpu"]
+    flags = ["--model", checkpoint, "--train-data", data, "--eval-data", data, "--warmup-epochs", "1", "--iterations", "1",
+             "--batch-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4", "--eval-size", "2", "--device", "cpu"]
     command = lambda name: shlex.join(map(str, [sys.executable, ROOT / "ppo_reft.py", *flags, "--out", tmp_path / name]))
     environment = os.environ | NO_GPU | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii"}
     lines = [command("closed") + " >&- 2>&-", "set -o pipefail; " + command("piped") + " | head -n 1"]
-    running = [subprocess.Popen(["bash", "-c", line], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in lines]
+    running = [subprocess.Popen(["bash", "-c", line], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for line in lines]
     for process, name in zip(running, ("closed", "piped")):
         _, errors = process.communicate()
         assert process.returncode == 0 and not errors and (tmp_path / name / "summary.json").exists(), (name, errors)
@@ -748,7 +774,8 @@ def test_screens_of_all_kinds(checkpoint, tmp_path):
 
 def test_curves_have_legends_and_the_warm_up(monkeypatch, tmp_path):
     import ppo_reft as reft
-    records = [{"event": "warmup", "accuracy": 0.5, "steps": 8}, {"event": "iteration", "iteration": 1, "accuracy": 0.25, "explained_variance": None},
+    records = [{"event": "warmup", "accuracy": 0.5, "steps": 8},
+               {"event": "iteration", "iteration": 1, "accuracy": 0.25, "explained_variance": None},
                {"event": "iteration", "iteration": 2, "accuracy": 0.5, "dev_accuracy": 0.75, "kl": 0.1}]
     write(tmp_path / "log.jsonl", records)
     pictures, figure = [], reft.figure
@@ -788,7 +815,8 @@ def test_builtin_problems_are_right_each_seed_has_its_own_test_and_the_splits_ar
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_tensorboard_gets_the_numbers_of_the_log(script, monkeypatch, tmp_path):
-    """Of each line, those of a list or dict by place; a resumed run puts aside what followed the log's last line. Without the package: one line."""
+    """Of each line, those of a list or dict by place; a resumed run puts aside what followed the log's last line. Without the
+    package: one line."""
     module, events, written = importlib.import_module(script), types.ModuleType("torch.utils.tensorboard"), []
 
     class SummaryWriter:
@@ -800,7 +828,8 @@ def test_tensorboard_gets_the_numbers_of_the_log(script, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", events)
     args, state = module.Args(out=str(tmp_path), tensorboard=True, iterations=3), {"log_lines": 0}
     (tmp_path / "log.jsonl").write_text("")
-    for record in ({"event": "warmup", "accuracy": 0.5}, {"event": "iteration", "iteration": 1, "kl": 0.25, "clip_frac": [0.0, 0.125], "sample": "a",
+    for record in ({"event": "warmup", "accuracy": 0.5},
+                   {"event": "iteration", "iteration": 1, "kl": 0.25, "clip_frac": [0.0, 0.125], "sample": "a",
                     "phases": {"check": 0.5}},
                    {"event": "end", "accuracy": 0.75}):
         module.write_log(record, state, args)
@@ -842,13 +871,15 @@ def test_the_example_for_a_checkpoint_works_as_printed(script, tmp_path):
     """The command in the script's docstring, its three names put in; cut short, and on a checkpoint with room for its tokens."""
     from model import GPT, GPTConfig, Tokenizer, save_checkpoint
     tokenizer = Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=4096, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=4096,
+                       eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     save_checkpoint(tmp_path / "FOLDER", GPT(config), tokenizer)
     for name in "train.jsonl", "test.jsonl":
         write(tmp_path / name, GSM)
     words = re.search(rf"^    python {script}.py (--model FOLDER .*)$", (ROOT / f"{script}.py").read_text(), re.M)[1].split()
     flags = [str(tmp_path / word) if word[0] != "-" else word for word in words]
-    result = run(script, tmp_path / "run", *flags, "--iterations", "1", "--batch-size", "1", "--train-size", "2", "--eval-size", "1", tiny=False)
+    result = run(script, tmp_path / "run", *flags, "--iterations", "1", "--batch-size", "1",
+                 "--train-size", "2", "--eval-size", "1", tiny=False)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["max_new_tokens"] >= 400
 
