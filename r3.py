@@ -1057,7 +1057,7 @@ def lap(state):
     now, phases = time.perf_counter(), {name: round(COST[name], 4) for name in PHASES}
     seconds = now - COST["since"] - COST["evaluate"] - COST["save"]
     state["phases"] = {name: state["phases"][name] + phases[name] for name in PHASES}
-    state["flops"] += COST["flops"]
+    state["flops"] += float(COST["flops"])
     if torch.cuda.is_initialized():
         state["peak_gib"] = max(state.get("peak_gib", 0.0), torch.cuda.max_memory_allocated() / 2 ** 30)
     COST.update(dict.fromkeys(COST, 0.0), since=now)
@@ -1069,7 +1069,8 @@ def count_training(gpt, lengths, sampled):
     token, 12 H D a layer for each column that a token attends to, half of them in the mean."""
     c, blocks = gpt.config, sum(p.numel() for p in gpt.blocks.parameters())
     attended = c.n_layer * c.n_head * c.head_dim * lengths.square().sum()
-    COST["flops"] += 6 * int(blocks * lengths.sum() + c.vocab_size * c.n_embd * sampled + attended)
+    # stays on the device until lap(): a number of it would have to be waited for
+    COST["flops"] = COST["flops"] + 6.0 * (blocks * lengths.sum() + c.vocab_size * c.n_embd * sampled + attended).double()
 
 
 def bill(state, args):

@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels import tl, triton, use_triton
 from kernels.logprob import LOG2E
 
-TILE = 4096                     # numbers of keys, and of values, that are read at a time: by one warp, of which a processor has many
+TILE = 4096                    # numbers of keys, and of values, that are read at a time: by one warp, of which a processor has many
 
 
 def norm_reference(x, weight, bias, eps):
