@@ -847,8 +847,8 @@ def find_model(name):
         return name                                                  # load_checkpoint says what is wrong with it
     repository, _, revision = name.partition("@")
     try:
-        from huggingface_hub import snapshot_download
-        return snapshot_download(repository, revision=revision or None, allow_patterns=[
+        from huggingface_hub import constants, snapshot_download
+        return snapshot_download(repository, revision=revision or None, local_files_only=constants.HF_HUB_OFFLINE, allow_patterns=[
             "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
     except ImportError:

@@ -422,7 +422,8 @@ def trace_update(policy, ref, train, optimizer, iteration, state, tokenizer, arg
         traces, log = draw_traces(policy, batches, tokenizer, args)
         state["rows"] = trace_rows(traces, random.Random(f"{args.seed} {iteration}"), args)
         if args.method != "star-stage2":
-            policy.load_state_dict(ref.state_dict())
+            base, _ = load_checkpoint(Path(args.out) / "warmup")     # not ref, whose matrices are rounded on a GPU
+            policy.load_state_dict(base.state_dict())
         optimizer.state.clear()
     log |= {"stage": stage_of(iteration, args), "kept": len(state["rows"])}
     total = math.ceil(args.sft_epochs * len(state["rows"]) / args.warmup_batch_size)
@@ -1094,8 +1095,8 @@ def find_model(name):
         return name                                                  # load_checkpoint says what is wrong with it
     repository, _, revision = name.partition("@")
     try:
-        from huggingface_hub import snapshot_download
-        return snapshot_download(repository, revision=revision or None, allow_patterns=[
+        from huggingface_hub import constants, snapshot_download
+        return snapshot_download(repository, revision=revision or None, local_files_only=constants.HF_HUB_OFFLINE, allow_patterns=[
             "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
     except ImportError:

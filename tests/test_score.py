@@ -644,6 +644,7 @@ def test_rounds_train_their_traces_once(method, kept, trained, monkeypatch):
     base, found = tiny(value_head=False), []
     for interrupted in (False, True):
         policy, ref = tiny(value_head=False), tiny(value_head=False)
+        monkeypatch.setattr(score, "load_checkpoint", lambda folder: (ref, None))       # the warm-up's
         optimizer, state, counts = score.adamw([policy], 1e-3), {}, []
         with torch.no_grad():
             policy.head_weight.add_(0.01)                                         # as if stage I had trained it
