@@ -785,7 +785,7 @@ def run_programs(programs: list[str]) -> list[float | str | None]:
         try:
             from pydantic_monty import Monty
             pool = stack.enter_context(Monty())
-        except (ImportError, RuntimeError) as error:         # not installed, or its workers cannot be started
+        except (ImportError, FileNotFoundError, RuntimeError) as error:      # not installed, or its workers cannot be started
             raise InputError(f"programs need pydantic-monty (pip install pydantic-monty): {error}") from None
         threads = stack.enter_context(ThreadPoolExecutor(min(os.cpu_count() or 1, 8)))
         return list(threads.map(functools.partial(run_program, pool), programs))
