@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kernels
 import model
@@ -223,3 +225,32 @@ def test_launches_allocate_nothing(monkeypatch):
         with PeakMemory() as memory:
             call()
         assert memory.peak == 0
+
+
+class BytesMoved(TorchDispatchMode):
+    """Sums the bytes of what each operation reads and writes: all its tensors, of an embedding only the rows that are taken."""
+    moved = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function._schema.name != "aten::embedding" and not function.is_view:
+            self.moved += sum(x.nbytes for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor))
+        return result
+
+
+@needs_triton
+@pytest.mark.parametrize("rows, factor", [(64, 1.2), (1024, 1.3)])
+def test_bytes_of_a_decoding_step(rows, factor, monkeypatch):
+    """SmolLM2-135M with 228 tokens in each row, on the meta device: weights, keys and values once, and what lies between."""
+    monkeypatch.setattr(decode, "use_triton", lambda x: True)
+    c, length = model.GPTConfig(vocab_size=49152, eos_id=0, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536), 228
+    with torch.device("meta"):
+        gpt = model.GPT(c)
+        cache = torch.empty(30, 2, rows, 3, length, 64, dtype=torch.bfloat16)
+        newest, alive, rope = torch.ones(rows, dtype=torch.long), torch.ones(rows, dtype=torch.bool), torch.empty(2, length, 64)
+    w = model.decoding_weights(gpt, torch.bfloat16)
+    with torch.inference_mode(), BytesMoved() as counted:
+        hidden = model.decode(c, w, newest, newest, alive, cache, tuple(rope), torch.bfloat16)
+    floor = cache.nbytes + sum(weight.nbytes for block in w.blocks for weight in vars(block).values() if weight is not None)
+    print(f"\n{rows} rows: {counted.moved / 1e6:.0f} MB, {counted.moved / floor:.2f} of the floor")
+    assert hidden.shape == (rows, 576) and floor < counted.moved < factor * floor
