@@ -36,9 +36,11 @@ with F9 added to the loss; grpo-kl-reward F6 of r_i - S_0 / eta; raft r_i; prm r
 """
 import argparse
 import atexit
+import datetime
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -49,6 +51,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from contextlib import contextmanager, nullcontext, suppress
@@ -57,6 +60,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -315,7 +319,7 @@ def warm_up(policy, rows, tokenizer, state, args):
             with located(f"warm-up step {step}", args):
                 loss = sft_step(policy, rows, optimizer, step, total, args.seed, args)["loss"]
             state["loss"] = loss if step == 1 else 0.99 * state["loss"] + 0.01 * loss
-        save_checkpoint(folder, policy, tokenizer)
+        save_model(folder, policy, tokenizer)
         state |= {"warmup_steps": total, "step": 0}
     return load_checkpoint(folder)[0].to(args.device)
 
@@ -371,6 +375,8 @@ def report(policy, tests, tokenizer, args):
 
 def plot_pass(state, args):
     """passk.png: pass@k against k on each test set, before and after, with the intervals."""
+    if RANK:
+        return
     prefixes = [name[:-len("right")] for name in state["after"] if name.endswith("right")]
     picture = figure(5 * len(prefixes), 3.6)
     for i, prefix in enumerate(prefixes):
@@ -651,13 +657,16 @@ def read_number(text):
 def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask and sampled_logprobs
     (B, T-1), ended and outcomes (B,)}, texts and answers. ended: stopped by itself, not cut off."""
-    tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
+    mine = share(problems)
+    problems = mine or problems[:1]
+    with own_draws(args):
+        tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
             "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
     texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
     answers = read_answers(texts, problems, args)
-    return data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers
+    return whole(mine, data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers, policy)
 
 
 def response_ids(data):
@@ -678,7 +687,7 @@ def means(found):
 
 def in_batches(problems, args, count=1):
     """The problems in batches for `count` samples each; on a GPU generate() splits what does not fit into memory."""
-    size = max(1, (4096 if args.device == "cuda" else args.minibatch_size) // count)
+    size = max(1, RANKS * (4096 if args.device == "cuda" else args.minibatch_size) // count)
     return [problems[i:i + size] for i in range(0, len(problems), size)]
 
 
@@ -696,7 +705,7 @@ def keep_best(policy, dev, tokenizer, iteration, state, args, temperature=0, by=
     """Evaluates the policy on the dev split; the checkpoint that is best there so far is kept in the folder model/."""
     found = evaluate(policy, dev, tokenizer, args, temperature)
     if iteration == 0 or found[by] > state["best"][by]:
-        save_checkpoint(Path(args.out) / "model", policy, tokenizer)
+        save_model(Path(args.out) / "model", policy, tokenizer)
         state["best"] = {"iteration": iteration, "accuracy": found["accuracy"], by: found[by]}
     return {f"dev_{name}": value for name, value in found.items()}
 
@@ -713,14 +722,20 @@ def pack(rows, policy):
 
 def micro_batches(batch, size):
     """(rows, micro-batch) pairs: `size` rows of like length, cut to the longest of them, so that little padding is computed; on
-    a GPU to a multiple of 64, which its kernels like."""
+    a GPU to a multiple of 64, which its kernels like. Of several processes each takes its rows, as many as the others: one
+    without a last row takes the last of all, with zeros in all but its tokens, for which it counts nowhere."""
     granule = 64 if batch["tokens"].is_cuda else 1
     columns = torch.arange(2, batch["tokens"].shape[1] + 1, device=batch["tokens"].device)
     lengths = (batch["response_mask"] * columns).amax(1).cpu()       # (B,) tokens before the padding
-    for rows in lengths.argsort(stable=True).split(size):
+    order, n = lengths.argsort(stable=True), len(lengths)
+    for places in torch.arange(RANK, n + -n % RANKS, RANKS).split(size):
+        rows = order[places.clamp(max=n - 1)]
         width = math.ceil(int(lengths[rows].max()) / granule) * granule
-        yield rows, {k: v[rows] if v.dim() == 1 else v[rows, :width if k == "tokens" else width - 1]
-                     for k, v in batch.items()}
+        micro = {k: v[rows] if v.dim() == 1 else v[rows, :width if k == "tokens" else width - 1] for k, v in batch.items()}
+        if places[-1] >= n:
+            for name in micro.keys() - {"tokens"}:
+                micro[name][-1] = -100 if name == "labels" else 0    # -100: no class, for cross_entropy()
+        yield rows, micro
 
 
 def sampled(gpt, micro):
@@ -756,7 +771,7 @@ def token_stats(policy, ref, data, args, critic=None):
         for name, x in zip(("old_logprobs", "entropy", "kl", "ref_logprobs", "old_values"), found):
             whole = stats.setdefault(name, torch.zeros(mask.shape, device=mask.device))
             whole[rows, :micro["response_mask"].shape[1]] = place(x.float(), micro["response_mask"])
-    return stats
+    return {name: summed(x) for name, x in stats.items()}
 
 
 def sampler_gap(data):
@@ -781,6 +796,8 @@ def optimiser_step(loss_of, minibatch, optimizer, args):
         totals = {k: torch.maximum(totals.get(k, v), v) if k.endswith("_max") else totals.get(k, 0) + v
                   for k, v in ((k, v.detach()) for k, v in stats.items())}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_gradients(parameters)
+    totals = {k: summed(v, "max" if k.endswith("_max") else "sum") for k, v in totals.items()}
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
     totals = dict(zip(totals, torch.stack(list(totals.values())).tolist()))              # one device-to-host copy
     for name, value in totals.items():
@@ -803,6 +820,127 @@ def draw(items, size, step, seed):
     return [items[shuffled(n, seed, i // n)[i % n]] for i in range((step - 1) * size, step * size)]
 
 
+# ==== several processes: torchrun =============================================================================================
+# Work is shared out where responses are sampled and checked (respond) and where rows are computed (micro_batches), and what comes
+# of it is put together at once: every process holds the whole rollout, does the same arithmetic with it, and takes the same step
+# with the summed gradient. So counts, whitening and logged means are those of one process, and the parts above know nothing of
+# it. The first process alone prints, logs, draws and writes; all read its run folder. Without torchrun nothing here does anything.
+
+RANK, LOCAL_RANK, RANKS = [int(os.environ[name]) if dist.is_torchelastic_launched() else default
+                           for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))]
+LINKS = []                                                           # a store that all can write to, a ring, who watches it
+
+
+def connect():
+    """Finds the other processes. From here on one that dies ends them all."""
+    if not dist.is_torchelastic_launched():
+        return
+    gpus = torch.cuda.device_count()
+    if LOCAL_RANK < gpus:
+        torch.cuda.set_device(LOCAL_RANK)                            # what "cuda" means from here on
+    LINKS.append(next(dist.rendezvous("env://"))[0])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=LINKS[0], rank=RANK, world_size=RANKS)
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    if RANKS > 1:
+        LINKS.append(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1000)))
+        LINKS.append(threading.Thread(target=watch, daemon=True))
+        LINKS[2].start()
+
+
+def watch():
+    """Waits for the next process to say that it is done. If it died instead this one ends at once, and so on around the ring: a
+    GPU would wait for it for ever."""
+    try:
+        dist.recv(torch.empty(1), (RANK + 1) % RANKS, group=LINKS[1])
+    except RuntimeError:
+        say_once("stopped: another process of this run has ended; what was saved last is kept")
+        os._exit(1)
+
+
+def disconnect():
+    """The end of a run, which no process takes for a failure of another."""
+    gathered(None)
+    if RANKS > 1:
+        dist.send(torch.zeros(1), (RANK - 1) % RANKS, group=LINKS[1])
+        LINKS[2].join()
+    if LINKS:
+        dist.destroy_process_group()
+
+
+def say_once(message):
+    """One line on stderr, of the first process that has one to say."""
+    if not LINKS or LINKS[0].add("said", 1) == 1:
+        print(f"{Path(__file__).name}: {message}", file=sys.__stderr__ if RANK else sys.stderr)
+
+
+def gathered(value):
+    """[the value of each process], once all are here."""
+    values = [value] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def summed(x, op="sum"):
+    """The tensor x becomes its sum over the processes, or with "max" the largest."""
+    if RANKS > 1:
+        dist.all_reduce(x, dict(sum=dist.ReduceOp.SUM, max=dist.ReduceOp.MAX)[op])
+    return x
+
+
+def sum_gradients(parameters):
+    """Each process's share of the gradients becomes the whole of them."""
+    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters if RANKS > 1 and p.grad is not None]:
+        work.wait()
+
+
+def share(problems):
+    """The part of the problems that is for this process; those of one question stay together."""
+    groups = [list(group) for _, group in itertools.groupby(problems, lambda p: p["question"])]
+    return list(itertools.chain(*groups[len(groups) * RANK // RANKS:len(groups) * (RANK + 1) // RANKS]))
+
+
+@contextmanager
+def own_draws(args):
+    """Inside it draws are each process's own; afterwards the random state is the same in all of them again."""
+    if RANKS == 1:
+        yield
+        return
+    seed = int(torch.randint(2 ** 62, ())) + RANK
+    with torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def whole(mine, data, texts, answers, policy):
+    """The responses of all processes in the order of the problems; `mine` is empty where this one's do not count."""
+    if RANKS == 1:
+        return data, texts, answers
+    device = data["tokens"].device
+    parts = gathered(mine and ({name: x.cpu() for name, x in data.items()}, texts, answers))
+    data, texts, answers = zip(*filter(None, parts))
+    T = max(part["tokens"].shape[1] for part in data)
+    filler = lambda name: policy.config.pad_id if name == "tokens" else 0
+    widened = lambda name, x, by: x if x.dim() == 1 else torch.nn.functional.pad(x, (0, by), value=filler(name))
+    return ({name: torch.cat([widened(name, part[name], T - part["tokens"].shape[1]) for part in data]).to(device)
+             for name in data[0]}, list(itertools.chain(*texts)), list(itertools.chain(*answers)))
+
+
+def save_model(folder, policy, tokenizer):
+    """A checkpoint folder, written by one process for all."""
+    if not RANK:
+        save_checkpoint(folder, policy, tokenizer)
+    gathered(None)
+
+
+def follow(args):
+    """The state of a run that the first process has opened, for the others."""
+    catch_signals()
+    state, saved = gathered(None)[0]
+    return (load_state(args) if saved else {}) | state
+
+
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
@@ -812,6 +950,11 @@ def on_signal(number, frame):
     """The first Ctrl-C or SIGTERM lets the step at hand end, so that the run is saved; a second one ends it at once."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)
+
+
+def catch_signals():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
 
 def say(text):
@@ -829,6 +972,8 @@ def print_ids(name, ids, tokenizer):
 
 def write_whole(path, write):
     """write(temporary path), then a rename: whatever happens, the file at path is whole. OSError where it cannot be written."""
+    if RANK:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
@@ -844,7 +989,7 @@ def run_info(args):
     commit = shell("git rev-parse HEAD").stdout.strip()              # empty without git
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
-            "threads": torch.get_num_threads(), "commit": commit,
+            "threads": torch.get_num_threads(), "processes": RANKS, "commit": commit,
             "clean": bool(commit) and not shell("git status --porcelain").stdout,
             "inputs": {name: fingerprint(path) for name in ("model", "train_data", "eval_data") if (path := getattr(args, name))}}
 
@@ -861,6 +1006,8 @@ def fingerprint(path):
 def open_run(args):
     """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
     a run. From here on a signal saves before it ends the run."""
+    if RANK:
+        return follow(args)
     out, state = Path(args.out), {"step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0, "flat": 0}
     if args.resume and not (out / "args.json").exists():
         raise InputError(f"{out}: no run to resume")
@@ -881,7 +1028,7 @@ def open_run(args):
             before = json.loads((out / "args.json").read_text())
             flags, inputs = dict(before["args"]), dict(before["inputs"])
             if (out / "state.pt").exists():
-                state |= torch.load(out / "state.pt", map_location=args.device, weights_only=True)
+                state |= load_state(args)
         except Exception as error:                                   # a damaged file may raise anything
             raise InputError(f"{out}: args.json or state.pt is damaged or another version's, it cannot be resumed "
                              f"({type(error).__name__}: {str(error)[:80]!r})") from None
@@ -893,20 +1040,25 @@ def open_run(args):
                 raise InputError(f"{out}: what {flag} {value} holds has changed since the run began")
     else:
         write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    catch_signals()
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
         raise InputError(f"{log}: {len(lines) - 1} lines, {state['log_lines']} when the run was saved: it cannot be resumed")
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
+    gathered(({name: value for name, value in state.items() if name != "weights"}, "weights" in state))
     return state
+
+
+def load_state(args):
+    return torch.load(Path(args.out) / "state.pt", map_location=args.device, weights_only=True)
 
 
 def save_run(modules, optimizer, state, args):
     """state.pt: all that resuming needs, the state with the weights of each module and of the optimiser."""
     weights = {name: part.state_dict() for name, part in (modules | {"optimizer": optimizer}).items()}
     write_whole(Path(args.out) / "state.pt", lambda path: torch.save(state | {"weights": weights}, path))
+    gathered(None)
 
 
 def resumable(total, every, modules, optimizer, state, args):
@@ -923,12 +1075,16 @@ def resumable(total, every, modules, optimizer, state, args):
         torch.manual_seed(1_000_003 * args.seed + step)
         yield step
         state["step"] = step
-        if STOP or step == total or (step % every == 0 if every else time.time() > saved + 60):
+        number, late = summed(torch.tensor([max(STOP, default=0), time.time() > saved + 60]), "max").tolist()    # in all of them
+        if number or step == total or (step % every == 0 if every else late):
             save_run(modules, optimizer, state, args)
             saved = time.time()
-        if STOP:
-            command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
-            fail(f"stopped; saved in {args.out}; go on with: {command}", 128 + STOP[0])
+        if number:
+            start = ["python"] if RANKS == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+            command = shlex.join([*start, sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+            say_once(f"stopped; saved in {args.out}; go on with: {command}")
+            disconnect()
+            sys.exit(128 + number)
 
 
 @contextmanager
@@ -942,6 +1098,8 @@ def located(where, args):
 
 def write_log(record, state, args):
     """Appends one line to log.jsonl; a number that is not finite (the explained variance of equal returns) becomes null."""
+    if RANK:
+        return
     plain = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
     with open(Path(args.out) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(plain) + "\n")
@@ -995,6 +1153,8 @@ def figure(width, height):
 
 def plot(args):
     """curves.png: the numbers of log.jsonl over the iterations."""
+    if RANK:
+        return
     log = [record for record in map(json.loads, open(Path(args.out) / "log.jsonl")) if record["event"] == "iteration"]
     panels = list(filter(None, [[key for key in keys if any(key in record for record in log)] for keys in PANELS]))
     picture = figure(14, 2.6 * math.ceil(len(panels) / 4))
@@ -1032,7 +1192,9 @@ def summarise(problems, state, args):
 
 def fail(message, status=2):
     """One line on stderr, and the exit status."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    say_once(message)
+    if RANKS > 1:
+        os._exit(status)                                             # at once: the others end when they see it
     sys.exit(status)
 
 
@@ -1066,6 +1228,8 @@ def check_args(args):
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+                 f"--device cuda: more processes on this machine than its {torch.cuda.device_count()} GPUs":
+                     args.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count(),
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
@@ -1082,10 +1246,17 @@ if __name__ == "__main__":
         with suppress(AttributeError):                               # a notebook's has none
             getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
+        connect()
         main(parse_args())
+        disconnect()
     except InputError as error:
         fail(f"error: {error}")
     except (FloatingPointError, OSError) as error:                   # no space left, a folder that is gone
         fail(f"stopped: {error}", 1)
     except KeyboardInterrupt:
         fail("stopped before there was anything to save", 130)
+    except RuntimeError:
+        time.sleep(5 * (RANKS > 1))                                  # where another process has died watch() ends this one
+        raise
+    finally:
+        sys.stderr = sys.__stderr__ if RANK else sys.stderr
