@@ -32,6 +32,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import activation, add_norm, decode_attention, sample_tokens, use_triton
 
@@ -118,6 +119,13 @@ class Block(nn.Module):
             self.register_parameter(name + "_bias", nn.Parameter(torch.zeros(shape[0])) if bias[name] else None)
         for name in ("q_norm", "k_norm"):
             self.register_parameter(name, nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None)
+
+    def forward(self, layer, c, x, rope, attend, checkpointed):
+        """`layer`, which is block or what it was compiled to, with these parameters. checkpointed: of what it makes only x is kept
+        for the backward pass, which makes the rest again."""
+        if checkpointed:
+            return checkpoint(layer, c, self, x, rope, attend, use_reentrant=False, preserve_rng_state=False)
+        return layer(c, self, x, rope, attend)
 
 
 def norm(x, weight, bias, eps):
@@ -213,7 +221,8 @@ def compiled_block():
 
 class GPT(nn.Module):
     """gpt(tokens (B, T)) -> hidden (B, T, C) after the final norm; the scripts apply `head_weight` in chunks."""
-    compiled = False                    # whether forward takes the compiled block; one switch for all models
+    compiled = False                    # whether forward takes the compiled block; one switch for all models, as the next
+    checkpointed = False                # whether training keeps the input of each layer only
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -233,8 +242,9 @@ class GPT(nn.Module):
         if T > c.max_len:
             raise InputError(f"rows of {T} tokens do not fit into the context of {c.max_len}")
         places = torch.arange(T, device=tokens.device)[None]
-        return trunk(c, self, tokens, places, rope_table(c, T, tokens.device), lambda layer: causal_attention,
-                     compiled_block() if self.compiled else block)
+        layer, again = compiled_block() if self.compiled else block, self.checkpointed and torch.is_grad_enabled()
+        return trunk(c, self, tokens, places, rope_table(c, T, tokens.device), lambda number: causal_attention,
+                     lambda c, w, x, rope, attend: w(layer, c, x, rope, attend, again))
 
     @property
     def head_weight(self):
@@ -265,6 +275,29 @@ class GPT(nn.Module):
         """hidden (B, T, C) -> V(s_t) (B, T), in fp32 also under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
+
+
+def training_memory(c: GPTConfig, tokens: int, cached: int, trained: int = 1, checkpointed=False, mixed=True) -> dict[str, int]:
+    """Bytes for training a GPT in fp32 with AdamW beside a frozen reference, by what they are for: micro-batches of so many tokens,
+    padding included, and rollouts of which so many tokens are cached at a time. trained: models, 2 with a critic of its own.
+    mixed: products in bf16, as on a GPU; then "copies" are the weights in bf16. "update" and "rollout" are the sums that are needed
+    at one time. The activations are what autograd keeps, counted, and a layer's worth of gradients; a GPU's own 0.5 GiB come on top.
+    """
+    with torch.device("meta"):
+        gpt = GPT(c)
+    whole, matrices = (sum(p.numel() for name, p in named if "norm" not in name or every)
+                       for named, every in ((gpt.named_parameters(), True), (gpt.blocks.named_parameters(), False)))
+    width, gated = 2 if mixed else 4, c.mlp == "swiglu"
+    heads = (3 * c.n_head + 2 * c.n_kv_head) * c.head_dim           # q, k, v, and what attention makes of them, twice
+    layer = (16 if gated else 8) * c.n_embd + width * (2 * c.n_embd + heads + (4 if gated else 2) * c.n_inner)       # a token's
+    layer += 10 * (c.n_head + c.n_kv_head) * c.head_dim if c.qk_norm else 0
+    kept = c.n_layer * (4 * c.n_embd if checkpointed else layer) + layer + 12 * c.n_embd
+    head = 4 * c.vocab_size * c.n_embd + 2 ** 28 if mixed else 12 * min(tokens * c.vocab_size, 2 ** 24)              # its gradient
+    found = {"parameters": whole, "weights": 4 * trained * whole, "gradients": 4 * trained * whole, "optimiser": 8 * trained * whole,
+             "reference": 4 * whole - (4 - width) * matrices, "copies": (4 - width) * (matrices + c.vocab_size * c.n_embd),
+             "cache": cached * c.n_layer * 2 * c.n_kv_head * c.head_dim * width, "activations": trained * tokens * kept + head}
+    always = found["weights"] + found["optimiser"] + found["reference"] + found["copies"]
+    return found | {"update": always + found["gradients"] + found["activations"], "rollout": always + found["cache"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- generation

@@ -59,7 +59,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from kernels import linear_logprobs, linear_stats
-from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_checkpoint, generate
+from model import GPT, GPTConfig, InputError, Tokenizer, free_memory, generate, load_checkpoint, save_checkpoint, training_memory
 
 
 @dataclass
@@ -75,6 +75,7 @@ class Args:
     seed: int = 0                    # of everything random but the built-in problems, which are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
+    checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
     resume: bool = False             # go on with the run in --out exactly where it was saved
     # model from nothing, used without --model (small and many steps beats large and few)
     n_layer: int = 2                 # layers
@@ -331,7 +332,7 @@ def baseline_start(policy, train, tokenizer, state, args):
     if args.method != "offline-st":
         return policy, rows, steps
     rows += self_training_rows(policy, train, tokenizer, args)
-    return initial_policy(args)[0], rows, steps + math.ceil(state["warmup_steps"] / max(args.iterations, 1))
+    return initial_policy(args)[0].to(args.device), rows, steps + math.ceil(state["warmup_steps"] / max(args.iterations, 1))
 
 
 def sft_update(policy, rows, optimizer, iteration, steps, args):
@@ -759,19 +760,44 @@ def prepare(args):
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
     train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
+    check_memory(policy.config, train, args)
     longer = sum(len(problem["response"]) > args.max_new_tokens for problem in train)
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
             "responses as long will be cut off")
     print_ids("first prompt", train[0]["prompt"], tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
-    return policy, tokenizer, train, dev, test
+    return policy.to(args.device), tokenizer, train, dev, test
+
+
+def row_length(problem, args):
+    """Tokens that a problem may take with its demonstration or a response."""
+    return len(problem["prompt"]) + max(len(problem["response"]), problem.get("room", args.max_new_tokens))
+
+
+def check_memory(config, problems, args):
+    """Says how much memory training takes; an InputError where a GPU has less of it, with what would fit."""
+    longest, rows = max(row_length(p, args) for p in problems), args.batch_size * getattr(args, "group_size", 1) / RANKS
+    trained = 1 + (getattr(args, "value", "") == "separate")         # a critic of its own
+    needs = lambda size, checkpointed: training_memory(config, size * longest, math.ceil(rows) * longest, trained, checkpointed,
+                                                       args.device == "cuda")
+    found = needs(args.micro_batch_size, args.checkpoint_activations)
+    size = lambda count: f"{count / 2 ** 30:.1f} GiB" if count > 2 ** 30 else f"{count / 2 ** 20:.1f} MiB"
+    say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
+        f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
+        f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
+    if args.device == "cuda" and found["update"] > (free := free_memory(torch.device("cuda")) - 2 ** 29):        # what CUDA takes
+        smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
+        fitting = [f"--micro-batch-size {fewer}{' --checkpoint-activations' if again else ''}" for again in (False, True)
+                   for fewer in smaller if needs(fewer, again)["update"] <= free]
+        raise InputError(f"training takes {size(found['update'])} of memory and the GPU has {size(free)} to give; what would fit: "
+                         + (fitting[0] if fitting else "a smaller model, or a larger GPU"))
 
 
 def fits(problems, policy, args):
     """The problems; an InputError if one does not fit into the model's context."""
     for problem in problems:
-        length = len(problem["prompt"]) + max(len(problem["response"]), problem.get("room", args.max_new_tokens))
+        length = row_length(problem, args)
         if length > policy.config.max_len:
             raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with its response, "
                              f"the model's context holds {policy.config.max_len}")
@@ -779,8 +805,9 @@ def fits(problems, policy, args):
 
 
 def initial_policy(args):
-    """The policy before any training, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
+    """The policy before any training, on the CPU, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
     torch.manual_seed(args.seed)
+    GPT.checkpointed = args.checkpoint_activations
     if args.model:
         policy, tokenizer = load_checkpoint(args.model)
         GPT.compiled = args.compile and args.device == "cuda"
@@ -788,7 +815,7 @@ def initial_policy(args):
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
-    return policy.to(args.device), tokenizer
+    return policy, tokenizer
 
 
 # ==== numbers =================================================================================================================

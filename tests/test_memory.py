@@ -1,0 +1,131 @@
+"""What training takes of memory, as it is said before; layers of which only the input is kept."""
+import re
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import model
+import ppo_reft as reft
+from model import GPT, GPTConfig, InputError, training_memory
+from processes import ROOT
+
+FAMILIES = {"llama": dict(n_kv_head=2), "qwen3": dict(qk_norm=True, head_dim=32, tied_head=False),
+            "gpt2": dict(norm="layer", positions="learned", mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True)}
+ROWS, LENGTH = 4, 50
+
+
+def config(family, **more):
+    return GPTConfig(vocab_size=100, eos_id=0, n_layer=6, n_head=4, n_embd=64, **FAMILIES[family], **more)
+
+
+def backward(gpt, mixed=False):
+    """Bytes that autograd keeps of a forward pass, parameters and their copies in bf16 apart; and the gradients."""
+    kept = {}
+    torch.manual_seed(1)
+    shapes = {shape for p in gpt.parameters() for shape in (tuple(p.shape), tuple(p.shape[::-1])) if p.dim() == 2}
+
+    def keep(x):
+        if not isinstance(x, torch.nn.Parameter) and tuple(x.shape) not in shapes:
+            kept[x.untyped_storage().data_ptr()] = x             # held, so that no address is used again
+        return x
+
+    tokens = torch.randint(100, (ROWS, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+        hidden = gpt(tokens)
+    hidden.square().sum().backward()
+    return sum(x.untyped_storage().nbytes() for x in kept.values()), [p.grad for p in gpt.parameters()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_activations_are_what_autograd_keeps(family, mixed):
+    c = config(family)
+    kept, _ = backward(GPT(c), mixed)
+    said = [training_memory(c, tokens, 0, mixed=mixed)["activations"] for tokens in (ROWS * LENGTH, 0)]
+    head = 0 if mixed else 12 * ROWS * LENGTH * 100
+    layer = (said[0] - said[1] - head) / (c.n_layer + 1)             # one more, for the gradients of a layer
+    assert 0.95 < (said[0] - said[1] - head - layer) / kept < 1.15
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_keep_their_input_and_give_the_same_gradients(family, monkeypatch):
+    gpt = GPT(config(family))
+    kept, gradients = backward(gpt)
+    gpt.zero_grad()
+    monkeypatch.setattr(GPT, "checkpointed", True)
+    fewer, again = backward(gpt)
+    assert all(a is None and b is None or torch.equal(a, b) for a, b in zip(gradients, again))
+    inputs = 4 * ROWS * LENGTH * 64
+    assert 6 * inputs <= fewer < 9 * inputs < kept / 3               # of 6 layers, and what is kept at both ends
+    said = [training_memory(gpt.config, ROWS * LENGTH, 0, checkpointed=again, mixed=False)["activations"] for again in (False, True)]
+    assert kept - fewer == pytest.approx(said[0] - said[1], rel=0.15)
+
+
+def test_the_flag_is_that_switch(monkeypatch):
+    monkeypatch.setattr(GPT, "checkpointed", None)
+    for chosen in True, False:
+        reft.initial_policy(reft.Args(checkpoint_activations=chosen))
+        assert GPT.checkpointed is chosen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_gradients_and_optimiser_are_counted_to_the_byte(family):
+    gpt = GPT(config(family))
+    optimizer = reft.adamw([gpt], 1e-3)
+    gpt.logits(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    size = lambda tensors: sum(x.nbytes for x in tensors)
+    moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
+    said = training_memory(gpt.config, 1, 10, mixed=False)
+    assert said["weights"] == said["gradients"] == said["reference"] == size(gpt.parameters()) == 4 * said["parameters"]
+    assert said["optimiser"] == size(moments) and said["copies"] == 0
+    half = training_memory(gpt.config, 1, 10)
+    matrices = [p for name, p in gpt.blocks.named_parameters() if "norm" not in name]
+    assert half["reference"] == size(gpt.parameters()) - size(matrices) / 2
+    assert half["copies"] == (size(matrices) + size([gpt.head_weight])) / 2
+    assert said["cache"] == 10 * 6 * 2 * 4 * gpt.config.n_kv_head * gpt.config.head_dim
+    assert training_memory(gpt.config, 1, 10, trained=2)["optimiser"] == 2 * said["optimiser"]
+
+
+def test_what_training_takes_is_said_and_refused_with_what_would_fit(monkeypatch, capsys):
+    args = reft.Args(device="cpu", train_size=50, eval_size=5)
+    policy, _, train, _, _ = reft.prepare(args)
+    assert re.search(r"memory of a process: 0\.1M parameters; weights 0\.\d MiB, .* activations of a micro-batch of \d+ tokens a row", capsys.readouterr().out)
+    args.device = "cuda"
+    longest = max(reft.row_length(problem, args) for problem in train)
+    needs = lambda rows, again: training_memory(policy.config, rows * longest, 0, 1, again)["update"]
+    for rows, again, words in ((16, False, "--micro-batch-size 16"), (64, True, "--micro-batch-size 64 --checkpoint-activations")):
+        if again:                                                    # less than the smallest micro-batch of whole layers takes
+            monkeypatch.setattr(reft, "training_memory", lambda *a: model.training_memory(*a) | {"update": 0 if a[4] else 2 ** 40})
+        monkeypatch.setattr(reft, "free_memory", lambda device: needs(rows, False) + 2 ** 29)
+        with pytest.raises(InputError, match=f"GPU has .* what would fit: {words}$"):
+            reft.check_memory(policy.config, train, args)
+    monkeypatch.setattr(reft, "training_memory", lambda *a: model.training_memory(*a) | {"update": 2 ** 40})
+    with pytest.raises(InputError, match="takes 1024.0 GiB .* what would fit: a smaller model"):
+        reft.check_memory(policy.config, train, args)
+
+
+QWEN = {"0.5B": (896, 24, 14, 2, 4864, True), "1.5B": (1536, 28, 12, 2, 8960, True), "3B": (2048, 36, 16, 2, 11008, True),
+        "7B": (3584, 28, 28, 4, 18944, False)}
+
+
+def memory_table():
+    """README's table: the largest micro-batch of 1,024 tokens a row for the shapes of Qwen2.5, without and with
+    --checkpoint-activations."""
+    lines = ["| model | weights, gradients, Adam, reference | 24 GB | 48 GB | 80 GB |", "|---|---|---|---|---|"]
+    for name, (width, layers, heads, kv_heads, inner, tied) in QWEN.items():
+        c = GPTConfig(vocab_size=152064 if name == "7B" else 151936, eos_id=0, n_embd=width, n_layer=layers, n_head=heads,
+                      n_kv_head=kv_heads, n_inner=inner, tied_head=tied, qkv_bias=True)
+        fixed = training_memory(c, 0, 0)
+        cells = [f"{(fixed['weights'] + fixed['gradients'] + fixed['optimiser'] + fixed['reference']) / 2 ** 30:.0f} GiB"]
+        for card in 24, 48, 80:
+            sizes = [max((n for n in (1, 2, 4, 8, 16, 32, 64) if training_memory(c, 1024 * n, 0, 1, again)["update"] <= (card * 1e9 - 2 ** 29)),
+                         default=None) for again in (False, True)]
+            cells.append("no" if not sizes[1] else " / ".join(str(n or "no") for n in sizes))
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_readme():
+    assert memory_table() in (ROOT / "README.md").read_text()
