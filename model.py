@@ -223,6 +223,7 @@ class GPT(nn.Module):
     """gpt(tokens (B, T)) -> hidden (B, T, C) after the final norm; the scripts apply `head_weight` in chunks."""
     compiled = False                    # whether forward takes the compiled block; one switch for all models, as the next
     checkpointed = False                # whether training keeps the input of each layer only
+    sharded = False                     # whether the weights that are trained are spread over several processes
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -277,27 +278,35 @@ class GPT(nn.Module):
             return self.value_head(hidden.float()).squeeze(-1)
 
 
-def training_memory(c: GPTConfig, tokens: int, cached: int, trained: int = 1, checkpointed=False, mixed=True) -> dict[str, int]:
-    """Bytes for training a GPT in fp32 with AdamW beside a frozen reference, by what they are for: micro-batches of so many tokens,
-    padding included, and rollouts of which so many tokens are cached at a time. trained: models, 2 with a critic of its own.
-    mixed: products in bf16, as on a GPU; then "copies" are the weights in bf16. "update" and "rollout" are the sums that are needed
-    at one time. The activations are what autograd keeps, counted, and a layer's worth of gradients; a GPU's own 0.5 GiB come on top.
+def training_memory(c: GPTConfig, tokens: int, cached: int, trained=1, checkpointed=False, mixed=True, shards=1) -> dict:
+    """Bytes that a process needs to train a GPT in fp32 with AdamW beside a frozen reference, by what they are for: micro-batches
+    of so many tokens, padding included, and rollouts of which so many tokens are cached at a time. trained: models, 2 with a critic
+    of its own. mixed: products in bf16, as on a GPU; then "copies" are the weights in bf16. shards: processes over which FSDP
+    spreads what it can; "gathered" is what of that is whole at a time. "update" and "rollout" are the sums that are needed
+    together. The activations are what autograd keeps, counted, and a layer's worth of gradients; what CUDA takes for itself
+    comes on top.
     """
     with torch.device("meta"):
         gpt = GPT(c)
-    whole, matrices = (sum(p.numel() for name, p in named if "norm" not in name or every)
-                       for named, every in ((gpt.named_parameters(), True), (gpt.blocks.named_parameters(), False)))
-    width, gated = 2 if mixed else 4, c.mlp == "swiglu"
+    total, layers = (sum(p.numel() for p in part.parameters()) for part in (gpt, gpt.blocks))
+    matrices = sum(p.numel() for name, p in gpt.blocks.named_parameters() if "norm" not in name)
+    width, gated, spread = 2 if mixed else 4, c.mlp == "swiglu", shards > 1
     heads = (3 * c.n_head + 2 * c.n_kv_head) * c.head_dim           # q, k, v, and what attention makes of them, twice
     layer = (16 if gated else 8) * c.n_embd + width * (2 * c.n_embd + heads + (4 if gated else 2) * c.n_inner)       # a token's
     layer += 10 * (c.n_head + c.n_kv_head) * c.head_dim if c.qk_norm else 0
     kept = c.n_layer * (4 * c.n_embd if checkpointed else layer) + layer + 12 * c.n_embd
     head = 4 * c.vocab_size * c.n_embd + 2 ** 28 if mixed else 12 * min(tokens * c.vocab_size, 2 ** 24)              # its gradient
-    found = {"parameters": whole, "weights": 4 * trained * whole, "gradients": 4 * trained * whole, "optimiser": 8 * trained * whole,
-             "reference": 4 * whole - (4 - width) * matrices, "copies": (4 - width) * (matrices + c.vocab_size * c.n_embd),
+    copies = (4 - width) * matrices
+    found = {"parameters": total, "weights": 4 * trained * total / shards, "gradients": 4 * trained * total / shards,
+             "optimiser": 8 * trained * total / shards,
+             "reference": 4 * total / shards if spread else 4 * total - copies,
+             "gathered": spread * 4 * ((2 * trained + 1) * (total - layers) + 3 * layers / c.n_layer),
+             "copies": copies + (4 - width) * c.vocab_size * c.n_embd,
              "cache": cached * c.n_layer * 2 * c.n_kv_head * c.head_dim * width, "activations": trained * tokens * kept + head}
-    always = found["weights"] + found["optimiser"] + found["reference"] + found["copies"]
-    return found | {"update": always + found["gradients"] + found["activations"], "rollout": always + found["cache"]}
+    always = found["weights"] + found["optimiser"] + found["reference"] + found["gathered"]
+    in_use = copies / c.n_layer if spread and checkpointed else copies              # by the layers of a forward pass
+    return found | {"update": always + found["gradients"] + in_use + found["activations"],
+                    "rollout": always + found["copies"] + found["cache"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -347,12 +356,17 @@ def side_stream(device: int):
 SCHEDULE = dict(cpu=(1, None, 8, None), cuda=(32, 16, 256, cuda_graph))
 
 
-def decoding_weights(gpt: GPT, dtype):
-    """The same names as in gpt, detached, the matrices in dtype: attribute look-ups and casts are paid once a call."""
+def whole(p):
+    """The tensor p; of one whose parts lie with several processes, as FSDP leaves them, all of it: each of them must ask."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def decoding_weights(gpt: GPT, dtype, device):
+    """The same names as in gpt, detached, whole, the matrices in dtype: look-ups, casts and gathering are paid once a call."""
     def lean(module):
-        return {name: p if p is None or "norm" in name or name in ("embed", "positions") else p.to(dtype)
+        return {name: p if p is None else whole(p if "norm" in name or name in ("embed", "positions") else p.to(dtype)).to(device)
                 for name, p in module._parameters.items()}
-    return SimpleNamespace(**lean(gpt) | {"head": gpt.head_weight.to(dtype)},
+    return SimpleNamespace(**lean(gpt) | {"head": whole(gpt.head_weight.to(dtype)).to(device)},
                            blocks=[SimpleNamespace(**lean(b)) for b in gpt.blocks])
 
 
@@ -363,10 +377,10 @@ def free_memory(device) -> float:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def rows_at_once(gpt: GPT, rows: int, longest: int, width: int) -> int:
+def rows_at_once(gpt: GPT, rows: int, longest: int, width: int, device) -> int:
     """How many of the rows `generate` takes at a time: all, or equal parts whose cache of width columns, prefill and sampling
     fit into free memory."""
-    c, device = gpt.config, gpt.embed.device
+    c = gpt.config
     itemsize, heads = 4 if device.type == "cpu" else 2, c.n_head + 2 * c.n_kv_head
     row = 2 * c.n_layer * c.n_kv_head * c.head_dim * width * itemsize                # the cache
     row += 16 * longest * (c.n_embd + c.n_inner + heads * c.head_dim)                # what one layer of the prefill makes
@@ -393,14 +407,15 @@ def draw_tokens(logits, greedy):
     return new, probs.gather(1, new[:, None])[:, 0].log(), finite
 
 
-def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, group_size: int = 1):
+def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, group_size: int = 1, device=None):
     """Sample group_size responses to each prompt: tokens (B, T), response_mask (B, T-1) and the log-probs (B, T-1) with which
     the tokens of the responses were drawn, in the layout at the top of this file; B = len(prompts) * group_size, the rows of
     a prompt are adjacent, T is the longest row.
 
     A row ends with eos_id (in the mask) or after max_new_tokens. temperature 0 takes the most likely token; another than 1
-    counts in the log-probs too. Draws hang on the device's global random generator. Raises InputError if a prompt is empty or
-    prompt and response do not fit into the context, FloatingPointError if a logit was not finite.
+    counts in the log-probs too. device: where, if not where the weights are. Draws hang on that device's global random
+    generator. Raises InputError if a prompt is empty or prompt and response do not fit into the context, FloatingPointError if
+    a logit was not finite.
     """
     longest = max(map(len, prompts), default=0)
     if not prompts or not all(prompts) or max_new_tokens < 1:
@@ -408,9 +423,10 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     if longest + max_new_tokens > gpt.config.max_len:
         raise InputError(f"{longest} prompt tokens and {max_new_tokens} new tokens exceed the context of {gpt.config.max_len}")
     rows = [prompt for prompt in map(tuple, prompts) for _ in range(group_size)]
-    n = rows_at_once(gpt, len(rows), longest, longest + max_new_tokens)
+    device = torch.device(device or gpt.embed.device)
+    n = rows_at_once(gpt, len(rows), longest, longest + max_new_tokens, device)
     with torch.inference_mode():
-        parts = [_generate(gpt, rows[i:i + n], max_new_tokens, temperature) for i in range(0, len(rows), n)]
+        parts = [_generate(gpt, rows[i:i + n], max_new_tokens, temperature, device) for i in range(0, len(rows), n)]
         T = max(part[0].shape[1] for part in parts)
         tokens, logprobs = (torch.cat([F.pad(part[i], (0, T - part[i].shape[1]), value=filler) for part in parts])
                             for i, filler in ((0, gpt.config.pad_id), (3, 0.0)))
@@ -420,14 +436,15 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     return tokens.clone(), response_mask, logprobs[:, 1:].clone()    # a clone made here is an ordinary tensor: autograd takes it
 
 
-def _generate(gpt, prompts, max_new_tokens, temperature):
+def _generate(gpt, prompts, max_new_tokens, temperature, device):
     """One sample to each of the prompts (tuples), all at once: tokens (B, T), prompt_lengths (B,), lengths (B,) and the
     log-probs (B, T) with which the tokens of the response were drawn."""
-    c, device, fused = gpt.config, gpt.embed.device, use_triton(gpt.embed)
+    c = gpt.config
     on_cuda, (look_every, smallest, granule, capture) = device.type == "cuda", SCHEDULE[device.type]
     longest = max(map(len, prompts))
     dtype = torch.bfloat16 if on_cuda else torch.float32
-    w = decoding_weights(gpt, dtype)
+    w = decoding_weights(gpt, dtype, device)
+    fused = use_triton(w.embed)
     width = longest + max_new_tokens
     rope = rope_table(c, width, device)
 

@@ -46,6 +46,7 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import signal
 import string
 import subprocess
@@ -66,7 +67,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from kernels import linear_logprobs, linear_stats
-from model import GPT, GPTConfig, InputError, Tokenizer, free_memory, generate, load_checkpoint, save_checkpoint, training_memory
+from model import (GPT, GPTConfig, InputError, Tokenizer, free_memory, generate, load_checkpoint, save_checkpoint,
+                   training_memory, whole)
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
+    shard: bool = False              # under torchrun: spread weights, gradients and optimiser over its processes (FSDP2)
     resume: bool = False             # go on with the run in --out exactly where it was saved
     # model from nothing, used without --model (small and many steps beats large and few)
     n_layer: int = 2                 # layers
@@ -303,6 +306,7 @@ def main(args):
     ref = policy.frozen()
     rows, steps = [sft_row(p) for p in train], math.ceil(args.ppo_epochs * args.batch_size / args.warmup_batch_size)
     critic = add_critic(policy, args)
+    spread([policy, critic, ref], args)
     loss_of = functools.partial(loss_fn, policy, critic, ref, args)
     modules, optimizer = {"policy": policy, "critic": critic}, adamw([policy, critic], args.lr)
     if "best" not in state:
@@ -328,7 +332,7 @@ def main(args):
 
     # the checkpoint that was best on the dev split, tested once
     if "after" not in state:
-        best = load_checkpoint(Path(args.out) / "model")[0].to(args.device)
+        best = load_checkpoint(Path(args.out) / "model")[0].to(resting(args))
         tell("after", evaluate(best, test, tokenizer, args), state, args)
         save_run(modules, optimizer, state, args)
     summarise(len(test), state, args)
@@ -368,7 +372,7 @@ def warm_up(policy, rows, tokenizer, state, args):
             state["loss"] = loss if step == 1 else 0.99 * state["loss"] + 0.01 * loss
         save_model(folder, policy, tokenizer)
         state |= {"warmup_steps": total, "step": 0}
-    return load_checkpoint(folder)[0].to(args.device)
+    return load_checkpoint(folder)[0].to(resting(args))
 
 
 def add_critic(policy, args):
@@ -376,7 +380,7 @@ def add_critic(policy, args):
     torch.manual_seed(args.seed)
     critic = copy.deepcopy(policy) if args.value == "separate" else policy
     critic.add_value_head()
-    return critic.to(args.device)
+    return critic
 
 
 # ==== baselines ===============================================================================================================
@@ -702,7 +706,8 @@ def prepare(args):
             "responses as long will be cut off")
     print_ids("first prompt", train[0]["prompt"], tokenizer)
     print_ids("its demonstration", train[0]["response"], tokenizer)
-    return policy.to(args.device), tokenizer, train, dev, test
+    spread([policy], args)
+    return policy, tokenizer, train, dev, test
 
 
 def row_length(problem, args):
@@ -713,20 +718,27 @@ def row_length(problem, args):
 def check_memory(config, problems, args):
     """Says how much memory training takes; an InputError where a GPU has less of it, with what would fit."""
     longest, rows = max(row_length(p, args) for p in problems), args.batch_size * getattr(args, "group_size", 1) / RANKS
-    trained = 1 + (getattr(args, "value", "") == "separate")         # a critic of its own
-    needs = lambda size, checkpointed: training_memory(config, size * longest, math.ceil(rows) * longest, trained, checkpointed,
-                                                       args.device == "cuda")
-    found = needs(args.micro_batch_size, args.checkpoint_activations)
+    trained, shards = 1 + (getattr(args, "value", "") == "separate"), RANKS if args.shard else 1     # a critic of its own: two
+    needs = lambda count, checkpointed, shards: training_memory(
+        config, count * longest, math.ceil(rows) * longest, trained, checkpointed, args.device == "cuda", shards)
+    found = needs(args.micro_batch_size, args.checkpoint_activations, shards)
     size = lambda count: f"{count / 2 ** 30:.1f} GiB" if count > 2 ** 30 else f"{count / 2 ** 20:.1f} MiB"
     say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
         f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
         f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
-    if args.device == "cuda" and found["update"] > (free := free_memory(torch.device("cuda")) - 2 ** 29):        # what CUDA takes
+    if args.device == "cuda" and peak(found) > (free := free_memory(torch.device("cuda")) - 2 ** 29):        # what CUDA takes
         smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
-        fitting = [f"--micro-batch-size {fewer}{' --checkpoint-activations' if again else ''}" for again in (False, True)
-                   for fewer in smaller if needs(fewer, again)["update"] <= free]
-        raise InputError(f"training takes {size(found['update'])} of memory and the GPU has {size(free)} to give; what would fit: "
-                         + (fitting[0] if fitting else "a smaller model, or a larger GPU"))
+        fitting = [f"{'' if more == shards else f'--shard on {more} GPUs, '}--micro-batch-size {fewer}"
+                   f"{' --checkpoint-activations' if again else ''}"
+                   for more in (shards, *(2 ** i for i in range(1, 8) if 2 ** i > shards)) for again in (False, True)
+                   for fewer in smaller if peak(needs(fewer, again, more)) <= free]
+        raise InputError(f"training takes {size(peak(found))} of memory and the GPU has {size(free)} to give; what would fit: "
+                         + (fitting[0] if fitting else "a smaller model"))
+
+
+def peak(found):
+    """Of training_memory(), what has to fit: a cache that does not is cut in pieces."""
+    return max(found["update"], found["rollout"] - found["cache"])
 
 
 def fits(problems, policy, args):
@@ -818,13 +830,14 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     mine = share(problems)
     problems = mine or problems[:1]
     with own_draws(args):
-        tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
+        tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size,
+                                          args.device if args.shard else None)
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
             "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
     texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
     answers = read_answers(texts, problems, args)
-    return whole(mine, data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers, policy)
+    return assembled(mine, data | {"outcomes": reward(answers, problems, args).to(tokens.device)}, texts, answers, policy)
 
 
 def response_ids(data):
@@ -913,7 +926,7 @@ def masked_mean(x, mask):
 
 def autocast(tokens):
     """bf16 matrix products on a GPU, plain fp32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=not GPT.sharded) if tokens.is_cuda else nullcontext()
 
 
 @torch.no_grad()
@@ -956,7 +969,7 @@ def optimiser_step(loss_of, minibatch, optimizer, args):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sum_gradients(parameters)
     totals = {k: summed(v, "max" if k.endswith("_max") else "sum") for k, v in totals.items()}
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+    totals["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip))
     totals = dict(zip(totals, torch.stack(list(totals.values())).tolist()))              # one device-to-host copy
     for name, value in totals.items():
         if not math.isfinite(value):
@@ -1049,7 +1062,8 @@ def summed(x, op="sum"):
 
 def sum_gradients(parameters):
     """Each process's share of the gradients becomes the whole of them."""
-    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters if RANKS > 1 and p.grad is not None]:
+    gradients = [p.grad for p in parameters if RANKS > 1 and p.grad is not None and not GPT.sharded]     # FSDP has done it
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
 
 
@@ -1071,7 +1085,7 @@ def own_draws(args):
         yield
 
 
-def whole(mine, data, texts, answers, policy):
+def assembled(mine, data, texts, answers, policy):
     """The responses of all processes in the order of the problems; `mine` is empty where this one's do not count."""
     if RANKS == 1:
         return data, texts, answers
@@ -1085,8 +1099,39 @@ def whole(mine, data, texts, answers, policy):
              for name in data[0]}, list(itertools.chain(*texts)), list(itertools.chain(*answers)))
 
 
+def resting(args):
+    """Where a model is that is not trained: with --shard not on a GPU, which is to hold its part only."""
+    return "cpu" if args.shard else args.device
+
+
+def spread(models, args):
+    """The models go to their device; with --shard each process has a part of each weight and of what belongs to it, and FSDP2
+    gathers a layer when it is used. Several names may stand for one model. To be done before adamw() takes hold of the parts."""
+    from torch.distributed.fsdp import fully_shard
+    GPT.sharded = args.shard
+    for gpt in dict.fromkeys(models):
+        if not args.shard:
+            gpt.to(args.device)
+            continue
+        mesh = dist.init_device_mesh(args.device, (RANKS,))
+        for part in (*gpt.blocks, gpt):                              # what no layer holds stays whole from forward to backward
+            fully_shard(part, mesh=mesh, reshard_after_forward=part is not gpt)
+            part.set_gradient_divide_factor(1.0)                     # a sum over the processes,
+            part.set_force_sum_reduction_for_comms(True)             # computed as one: gloo knows no other
+
+
 def save_model(folder, policy, tokenizer):
-    """A checkpoint folder, written by one process for all."""
+    """A checkpoint folder, written whole by one process for all."""
+    if GPT.sharded:
+        weights = {}
+        for name, p in policy.state_dict().items():
+            p = whole(p)
+            if not RANK:
+                weights[name] = p.cpu()
+        if not RANK:
+            with torch.device("meta"):
+                policy = GPT(policy.config)
+            policy.load_state_dict(weights, assign=True)
     if not RANK:
         save_checkpoint(folder, policy, tokenizer)
     gathered(None)
@@ -1213,19 +1258,43 @@ def load_state(args):
 
 
 def save_run(modules, optimizer, state, args):
-    """state.pt: all that resuming needs, the state with the weights of each module and of the optimiser."""
+    """state.pt: all that resuming needs, the state with the weights of each module and of the optimiser. With --shard these lie in
+    a folder that state.pt names, a distributed checkpoint; the one before it goes when state.pt is there."""
     weights = {name: part.state_dict() for name, part in (modules | {"optimizer": optimizer}).items()}
+    if args.shard:
+        import torch.distributed.checkpoint as dcp
+        before, state["shards"] = state.get("shards"), "shards-2" if state.get("shards") == "shards-1" else "shards-1"
+        moments, weights = weights.pop("optimizer"), weights
+        dcp.save(weights | {"moments": moments["state"]}, checkpoint_id=Path(args.out) / state["shards"])
+        weights = {"param_groups": moments["param_groups"]}
     write_whole(Path(args.out) / "state.pt", lambda path: torch.save(state | {"weights": weights}, path))
+    if args.shard and before and not RANK:
+        shutil.rmtree(Path(args.out) / before)
     gathered(None)
+
+
+def load_run(modules, optimizer, weights, state, args):
+    """Gives modules and optimiser what save_run() kept of them."""
+    if not args.shard:
+        for name, part in (modules | {"optimizer": optimizer}).items():
+            part.load_state_dict(weights[name])
+        return
+    import torch.distributed.checkpoint as dcp
+    folder = Path(args.out) / state["shards"]
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata            # "moments.7.exp_avg" and the like
+    known = {key.split(".")[1] for key in stored if key.startswith("moments.")}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {int(i): {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameters[int(i)]),
+                        "exp_avg_sq": torch.zeros_like(parameters[int(i)])} for i in known}
+    dcp.load({name: part.state_dict() for name, part in modules.items()} | {"moments": moments}, checkpoint_id=folder)
+    optimizer.load_state_dict({"state": moments, "param_groups": weights["param_groups"]})
 
 
 def resumable(total, every, modules, optimizer, state, args):
     """Steps 1 .. total, or those that a resumed run has left. Saves every so many (0: each minute), after the last, and when a
     signal came, which ends the run. A step's number seeds it, so that no random state needs to be kept."""
     if "weights" in state:
-        weights = state.pop("weights")
-        for name, part in (modules | {"optimizer": optimizer}).items():
-            part.load_state_dict(weights[name])
+        load_run(modules, optimizer, state.pop("weights"), state, args)
     elif every:
         save_run(modules, optimizer, state, args)                    # what came before the first step
     saved = time.time()
@@ -1388,6 +1457,8 @@ def check_args(args):
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
                  f"--device cuda: more processes on this machine than its {torch.cuda.device_count()} GPUs":
                      args.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count(),
+                 "--shard spreads a model over the processes of torchrun": args.shard and not dist.is_torchelastic_launched(),
+                 "--rerank trains a model of its own and goes without --shard": args.shard and getattr(args, "rerank", False),
                  "--train-data and --eval-data go together": bool(args.train_data) != bool(args.eval_data),
                  "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,

@@ -24,7 +24,7 @@ SCRIPTS = [name for name in ("ppo_reft", "r3", "score", "prl") if (ROOT / f"{nam
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "processes", *SCRIPTS])
+FORKS.set_forkserver_preload(["pytest", "processes", "torch.distributed.checkpoint", "torch.distributed.fsdp", *SCRIPTS])
 torch.set_num_threads(1)                               # no pool of threads may exist when a run is forked
 torch.optim.AdamW([torch.zeros(1)])                    # loads what an optimiser loads late, once for all forks
 

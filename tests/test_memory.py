@@ -94,37 +94,43 @@ def test_what_training_takes_is_said_and_refused_with_what_would_fit(monkeypatch
     assert re.search(r"memory of a process: 0\.1M parameters; weights 0\.\d MiB, .* activations of a micro-batch of \d+ tokens a row", capsys.readouterr().out)
     args.device = "cuda"
     longest = max(reft.row_length(problem, args) for problem in train)
-    needs = lambda rows, again: training_memory(policy.config, rows * longest, 0, 1, again)["update"]
-    for rows, again, words in ((16, False, "--micro-batch-size 16"), (64, True, "--micro-batch-size 64 --checkpoint-activations")):
-        if again:                                                    # less than the smallest micro-batch of whole layers takes
-            monkeypatch.setattr(reft, "training_memory", lambda *a: model.training_memory(*a) | {"update": 0 if a[4] else 2 ** 40})
-        monkeypatch.setattr(reft, "free_memory", lambda device: needs(rows, False) + 2 ** 29)
-        with pytest.raises(InputError, match=f"GPU has .* what would fit: {words}$"):
+    needs = lambda rows, again, shards: reft.peak(training_memory(policy.config, rows * longest, 0, 1, again, True, shards))
+    for free, words in ((needs(16, False, 1), "--micro-batch-size 16"), (needs(2, True, 1), "--micro-batch-size 2 --checkpoint-activations"),
+                        (2 ** 20, "a smaller model")):
+        monkeypatch.setattr(reft, "free_memory", lambda device: free + 2 ** 29)
+        with pytest.raises(InputError, match=f"the GPU has .* what would fit: {words}$"):
             reft.check_memory(policy.config, train, args)
-    monkeypatch.setattr(reft, "training_memory", lambda *a: model.training_memory(*a) | {"update": 2 ** 40})
-    with pytest.raises(InputError, match="takes 1024.0 GiB .* what would fit: a smaller model"):
-        reft.check_memory(policy.config, train, args)
 
 
 QWEN = {"0.5B": (896, 24, 14, 2, 4864, True), "1.5B": (1536, 28, 12, 2, 8960, True), "3B": (2048, 36, 16, 2, 11008, True),
         "7B": (3584, 28, 28, 4, 18944, False)}
 
 
+def qwen(name):
+    width, layers, heads, kv_heads, inner, tied = QWEN[name]
+    return GPTConfig(vocab_size=152064 if name == "7B" else 151936, eos_id=0, n_embd=width, n_layer=layers, n_head=heads,
+                     n_kv_head=kv_heads, n_inner=inner, tied_head=tied, qkv_bias=True)
+
+
+def largest(c, card, again, shards):
+    """The largest micro-batch, in rows of 1,024 tokens, for a card of so many GB."""
+    return max((n for n in (1, 2, 4, 8, 16, 32, 64) if reft.peak(training_memory(c, 1024 * n, 0, 1, again, True, shards)) <= card * 1e9 - 2 ** 29),
+               default=0)
+
+
 def memory_table():
-    """README's table: the largest micro-batch of 1,024 tokens a row for the shapes of Qwen2.5, without and with
-    --checkpoint-activations."""
-    lines = ["| model | weights, gradients, Adam, reference | 24 GB | 48 GB | 80 GB |", "|---|---|---|---|---|"]
-    for name, (width, layers, heads, kv_heads, inner, tied) in QWEN.items():
-        c = GPTConfig(vocab_size=152064 if name == "7B" else 151936, eos_id=0, n_embd=width, n_layer=layers, n_head=heads,
-                      n_kv_head=kv_heads, n_inner=inner, tied_head=tied, qkv_bias=True)
-        fixed = training_memory(c, 0, 0)
-        cells = [f"{(fixed['weights'] + fixed['gradients'] + fixed['optimiser'] + fixed['reference']) / 2 ** 30:.0f} GiB"]
-        for card in 24, 48, 80:
-            sizes = [max((n for n in (1, 2, 4, 8, 16, 32, 64) if training_memory(c, 1024 * n, 0, 1, again)["update"] <= (card * 1e9 - 2 ** 29)),
-                         default=None) for again in (False, True)]
-            cells.append("no" if not sizes[1] else " / ".join(str(n or "no") for n in sizes))
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+    lines = ["| model | one GPU: 24 GB | 48 GB | 80 GB | eight, --shard: 24 GB | 48 GB | 80 GB |", "|---" * 7 + "|"]
+    for name in QWEN:
+        cells = [[largest(qwen(name), card, again, shards) for again in (False, True)] for shards in (1, 8) for card in (24, 48, 80)]
+        lines.append("| " + " | ".join([name, *(f"{plain or '-'} / {again or '-'}" for plain, again in cells)]) + " |")
     return "\n".join(lines)
+
+
+def test_what_is_spread_is_counted_by_parts():
+    one, eight = [training_memory(qwen("7B"), 1024, 0, 1, True, True, shards) for shards in (1, 8)]
+    for name in "weights", "gradients", "optimiser":
+        assert eight[name] == one[name] / 8
+    assert one["gathered"] == 0 and 0 < eight["gathered"] < one["weights"] and one["activations"] == eight["activations"]
 
 
 def test_the_table_in_readme():

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from processes import FORKS, Running
 from test_scripts import TINY, assert_same_run, lines_of, read_log, weights
@@ -54,6 +55,7 @@ GROUPS = ["--group-size", "3", "--batch-size", "3"]
 CASES = {"reft": ("ppo_reft", 0, []), "reft, exact KL": ("ppo_reft", 0, ["--kl", "exact", "--value", "separate", "--minibatch-size", "3"]),
          "r3": ("r3", 0, []), "prl": ("prl", 0, GROUPS), "prl, KL loss": ("prl", 0, [*GROUPS, "--method", "grpo-kl-loss", "--agg", "const"]),
          "score, stage I": ("score", 1, GROUPS), "score, stage II": ("score", 2, [*GROUPS, "--offline-fraction", "0.5", "--norm-std", "joint"])}
+SHARDED = ("reft, exact KL", "r3", "prl, KL loss", "score, stage II")            # with --shard, too
 
 
 def update_once(script, stage, flags, file, links):
@@ -61,7 +63,8 @@ def update_once(script, stage, flags, file, links):
     module = importlib.reload(importlib.import_module(script))
     module.LINKS = links
     args = module.parse_args([*SMALL, *flags])
-    policy, tokenizer, train, _, _ = module.prepare(args)
+    _, tokenizer, train, _, _ = module.prepare(args)
+    policy = module.initial_policy(args)[0]
     torch.manual_seed(1)
     ref = policy.frozen()
     for p in ref.parameters():                         # a reference that is not the policy: the KL counts
@@ -70,6 +73,9 @@ def update_once(script, stage, flags, file, links):
     if script in ("ppo_reft", "r3"):
         critic = (module.add_critic(policy, args),)
         torch.nn.init.normal_(critic[0].value_head.weight, std=0.1)
+    module.spread([policy, *critic, ref], args)
+    optimizer = module.adamw([policy, *critic], args.lr)
+    optimizer.param_groups[0]["eps"] = 1e-4            # Adam's own, 1e-8, makes steps out of the last bits of a gradient that is next to 0
     batch, stages = [p | {"stage": 0} for p in train[:args.batch_size]], [stage] if stage else []
     if not file.exists():
         with mock.patch.object(module, "reward", lambda answers, *_: torch.arange(len(answers)) % 3 / 2):
@@ -77,11 +83,9 @@ def update_once(script, stage, flags, file, links):
     data = torch.load(file)
     stats = module.token_stats(policy, ref, data, args, *critic)
     parts = {"prl": (policy, args), "score": (policy, ref)}.get(script, (policy, *critic, ref, args))
-    optimizer = module.adamw([policy, *critic], args.lr)
-    optimizer.param_groups[0]["eps"] = 1e-4            # Adam's own, 1e-8, makes steps out of the last bits of a gradient that is next to 0
     torch.manual_seed(2)
     log = getattr(module, "update", module.optimiser_step)(functools.partial(module.loss_fn, *parts), data, optimizer, args)
-    state = {f"{i} {name}": p for i, model in enumerate((policy, *critic)) for name, p in model.state_dict().items()}
+    state = {f"{i} {name}": module.whole(p) for i, model in enumerate((policy, *critic)) for name, p in model.state_dict().items()}
     respond = functools.partial(module.respond, policy, tokenizer=tokenizer, args=args, temperature=0)
     return state, stats, log, respond([*train[:5], *train[4:6]], group_size=2), respond(train[:1]), torch.rand(())
 
@@ -92,6 +96,9 @@ def all_updates(environment, folder):
     module = importlib.reload(importlib.import_module("ppo_reft"))
     module.connect()
     found = {name: update_once(*case, folder / f"{name}.pt", module.LINKS) for name, case in CASES.items()}
+    for name in SHARDED if module.RANKS > 1 else ():
+        script, stage, flags = CASES[name]
+        found[f"{name}, sharded"] = update_once(script, stage, [*flags, "--shard"], folder / f"{name}.pt", module.LINKS)
     torch.save(found, folder / f"{module.RANKS} {module.RANK}.pt")
     module.disconnect()
 
@@ -115,10 +122,10 @@ def close(a, b, atol):
         torch.testing.assert_close(torch.as_tensor(a[name]), torch.as_tensor(b[name]), rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(f"{name}, sharded" for name in SHARDED)])
 def test_an_update_of_several_processes_is_that_of_one(case, updated):
     """Weights to 1e-6, and all that is computed with rows or sampled: scores, logged means, greedy responses, random state after."""
-    (alone,), found = [[process[case] for process in processes] for processes in updated]
+    alone, found = updated[0][0][case.removesuffix(", sharded")], [process[case] for process in updated[1]]
     for state, stats, log, greedy, few, after in found:
         close(state, alone[0], 1e-6), close(stats, alone[1], 1e-6), close(log, alone[2], 1e-6)
         for here, there in (greedy, alone[3]), (few, alone[4]):
@@ -198,6 +205,37 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(folder, tmp_path):
     assert_same_run(folder / "ppo_reft", out)
     check([Running("ppo_reft", [*TINY, "--out", str(tmp_path / "alone"), "--resume"]).wait()])
     assert read_log(tmp_path / "alone")[:len(before)] == before and len(read_log(tmp_path / "alone")) == 5
+
+
+def stored(out):
+    """The tensors of the distributed checkpoint of a run."""
+    folder = out / torch.load(out / "state.pt", weights_only=True)["shards"]
+    dcp_to_torch_save(folder, out / "stored.pt")
+    found = torch.load(out / "stored.pt")
+    moments = {f"{i} {name}": x for i, state in found.pop("moments").items() for name, x in state.items()}
+    return moments | {f"{part} {name}": x for part, weights in found.items() for name, x in weights.items()}
+
+
+def test_a_sharded_run_is_killed_and_goes_on(folder, tmp_path):
+    """With as many processes bit for bit; with another number from the same weights and moments: those of the last iteration are
+    saved as they were read."""
+    check(run("prl", 2, folder / "sharded", "--shard"))
+    written = {p.name for p in (folder / "sharded").iterdir()}
+    assert written >= {"model", "warmup", "state.pt"} and len([name for name in written if name.startswith("shards")]) == 1
+    out = tmp_path / "run"
+    with torchrun(2) as environments:
+        running = start("prl", environments, out, "--shard")
+        wait_for(out, 3, running)
+        running[1].kill(signal.SIGKILL)
+        [process.wait() for process in running]
+    shutil.copytree(out, tmp_path / "three")
+    check(run("prl", 2, out, "--shard", "--resume"))
+    assert read_log(out) == read_log(folder / "sharded")
+    close(stored(out), stored(folder / "sharded"), 0)
+    assert (out / "model/model.safetensors").read_bytes() == (folder / "sharded/model/model.safetensors").read_bytes()
+    before = read_log(tmp_path / "three")[:2]
+    check(run("prl", 3, tmp_path / "three", "--shard", "--resume"))
+    assert read_log(tmp_path / "three")[:2] == before and len(read_log(tmp_path / "three")) == 5
 
 
 @pytest.mark.parametrize("flags, words", [(["--lr", "nan"], "--lr nan"), (["--max-new-tokens", "5000"], "context"), ([], "holds a run already")])
