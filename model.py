@@ -1168,9 +1168,34 @@ def load_checkpoint(folder):
     return gpt, tokenizer
 
 
-def save_checkpoint(folder, gpt: GPT, tokenizer: Tokenizer):
+def _write_weights(path: Path, gpt: GPT, write: bool):
+    """model.safetensors as the package safetensors would write it (a JSON header behind its length, then the data), but one
+    parameter after the other: the weights are never held a second time."""
+    parameters = {name: p for name, p in gpt.state_dict().items() if not name.startswith("value_head.")}
+    parts = {name: _hf_parts(gpt.config, name, tuple(p.shape)) for name, p in parameters.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for part, shape in sorted(itertools.chain(*parts.values())):
+        start, end = end, end + 4 * math.prod(shape)
+        header[part] = {"dtype": "F32", "shape": shape[::-1] if _is_transposed(part) else shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary if write else os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, p in parameters.items():
+            p = whole(p)
+            if write:
+                for (part, _), tensor in zip(parts[name], p.float().cpu().split([shape[0] for _, shape in parts[name]])):
+                    file.seek(8 + len(text) + header[part]["data_offsets"][0])
+                    file.write((tensor.t() if _is_transposed(part) else tensor).contiguous().numpy())
+    if write:
+        os.replace(temporary, path)
+
+
+def save_checkpoint(folder, gpt: GPT, tokenizer: Tokenizer, write: bool = True):
     """Write gpt as a Hugging Face folder that transformers and vLLM open: config.json, model.safetensors (float32) and
-    the tokenizer's files; a value head goes into value_head.safetensors. Each file is replaced as a whole."""
+    the tokenizer's files; a value head goes into value_head.safetensors. Each file is replaced as a whole. Where the weights
+    are spread over several processes all of them call this, and one writes."""
     folder, c = Path(folder), gpt.config
     folder.mkdir(parents=True, exist_ok=True)
     raw = dict(architectures=[FAMILIES[c.family]], model_type=c.family, vocab_size=c.vocab_size,
@@ -1188,18 +1213,14 @@ def save_checkpoint(folder, gpt: GPT, tokenizer: Tokenizer):
                     intermediate_size=c.n_inner, hidden_act="silu", rms_norm_eps=c.norm_eps, attention_bias=c.out_bias,
                     mlp_bias=c.mlp_bias, rope_parameters=dict(rope, rope_theta=c.rope_theta),
                     rope_theta=c.rope_theta, rope_scaling=rope if c.rope_scaling else None)
-    tensors = {}
-    for name, p in gpt.state_dict().items():
-        if name.startswith("value_head."):
-            continue
-        parts = _hf_parts(c, name, tuple(p.shape))
-        for (part, shape), tensor in zip(parts, p.float().cpu().split([shape[0] for _, shape in parts])):
-            tensors[part] = (tensor.t() if _is_transposed(part) else tensor).clone(memory_format=torch.contiguous_format)
-    _write(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    _write_weights(folder / "model.safetensors", gpt, write)
+    value_head = {} if gpt.value_head is None else {k: whole(v).float().cpu() for k, v in gpt.value_head.state_dict().items()}
+    if not write:
+        return
     _write(folder / "config.json", json.dumps(raw, indent=2).encode())
     tokenizer.save(folder)
     head = folder / "value_head.safetensors"
-    if gpt.value_head is not None:
-        _write(head, safetensors.torch.save({k: v.float().cpu() for k, v in gpt.value_head.state_dict().items()}))
+    if value_head:
+        _write(head, safetensors.torch.save(value_head))
     else:
         head.unlink(missing_ok=True)

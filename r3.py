@@ -1122,18 +1122,8 @@ def spread(models, args):
 
 def save_model(folder, policy, tokenizer):
     """A checkpoint folder, written whole by one process for all."""
-    if GPT.sharded:
-        weights = {}
-        for name, p in policy.state_dict().items():
-            p = whole(p)
-            if not RANK:
-                weights[name] = p.cpu()
-        if not RANK:
-            with torch.device("meta"):
-                policy = GPT(policy.config)
-            policy.load_state_dict(weights, assign=True)
-    if not RANK:
-        save_checkpoint(folder, policy, tokenizer)
+    if GPT.sharded or not RANK:
+        save_checkpoint(folder, policy, tokenizer, write=not RANK)
     gathered(None)
 
 

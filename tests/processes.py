@@ -44,15 +44,20 @@ def run_script(script, argv, folder, environment, files, pictures):
     runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
 
+def fork(target, *arguments):
+    """A process that is to call target, as a fork of the clean one, which starts at the first and only then. daemon: no test leaves
+    one behind."""
+    with mock.patch.dict(os.environ, NO_GPU | {"PYTHONPATH": os.pathsep.join(sys.path)}):
+        multiprocessing.forkserver.ensure_running()
+    return FORKS.Process(target=target, args=arguments, daemon=True)
+
+
 class Running:
     """A script started as `python script.py flags` would start it, with its output in files: .kill(number), .wait() -> result."""
 
     def __init__(self, script, argv, pictures=False):
         self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
-        with mock.patch.dict(os.environ, NO_GPU | {"PYTHONPATH": os.pathsep.join(sys.path)}):
-            multiprocessing.forkserver.ensure_running()                        # starts at the first run, and only then
-        arguments = script, argv, os.getcwd(), dict(os.environ), [file.name for file in self.files], pictures
-        self.process = FORKS.Process(target=run_script, args=arguments, daemon=True)     # daemon: no test leaves one behind
+        self.process = fork(run_script, script, argv, os.getcwd(), dict(os.environ), [file.name for file in self.files], pictures)
         self.process.start()
 
     def kill(self, number):

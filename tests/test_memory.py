@@ -1,14 +1,16 @@
 """What training takes of memory, as it is said before; layers of which only the input is kept."""
 import re
+import resource
 from contextlib import nullcontext
 
 import pytest
+import safetensors.torch
 import torch
 
 import model
 import ppo_reft as reft
 from model import GPT, GPTConfig, InputError, training_memory
-from processes import ROOT
+from processes import ROOT, fork
 
 FAMILIES = {"llama": dict(n_kv_head=2), "qwen3": dict(qk_norm=True, head_dim=32, tied_head=False),
             "gpt2": dict(norm="layer", positions="learned", mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True)}
@@ -135,3 +137,21 @@ def test_what_is_spread_is_counted_by_parts():
 
 def test_the_table_in_readme():
     assert memory_table() in (ROOT / "README.md").read_text()
+
+
+def save_and_measure(folder):
+    """In a process of its own: bytes that it held at its height more than before it saved."""
+    tokenizer = model.Tokenizer.from_pieces([chr(i) for i in range(33, 127)])
+    gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, n_layer=18, n_head=8, n_embd=256))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model.save_checkpoint(folder, gpt, tokenizer)
+    (folder / "held").write_text(str(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+
+
+def test_a_checkpoint_is_written_in_the_memory_of_one_parameter(tmp_path):
+    """To save 60 MB of weights takes at most a fifth of that on top of them; the file is the package's to the byte."""
+    process = fork(save_and_measure, tmp_path)
+    process.start(), process.join()
+    file = tmp_path / "model.safetensors"
+    assert file.stat().st_size > 5e7 and int((tmp_path / "held").read_text()) < 0.2 * file.stat().st_size
+    assert safetensors.torch.save(safetensors.torch.load_file(file), metadata={"format": "pt"}) == file.read_bytes()

@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import importlib
+import math
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from processes import FORKS, Running
+from processes import Running, fork
 from test_scripts import TINY, assert_same_run, lines_of, read_log, weights
 
 
@@ -79,7 +80,8 @@ def update_once(script, stage, flags, file, links):
     batch, stages = [p | {"stage": 0} for p in train[:args.batch_size]], [stage] if stage else []
     if not file.exists():
         with mock.patch.object(module, "reward", lambda answers, *_: torch.arange(len(answers)) % 3 / 2):
-            torch.save(module.rollout(policy, *critic, ref, batch, *stages, tokenizer, args)[0], file)
+            data = module.rollout(policy, *critic, ref, batch, *stages, tokenizer, args)[0]
+        torch.save(data | {name: x + torch.rand(x.shape) for name, x in data.items() if name == "sampled_logprobs"}, file)     # a gap
     data = torch.load(file)
     stats = module.token_stats(policy, ref, data, args, *critic)
     parts = {"prl": (policy, args), "score": (policy, ref)}.get(script, (policy, *critic, ref, args))
@@ -87,7 +89,8 @@ def update_once(script, stage, flags, file, links):
     log = getattr(module, "update", module.optimiser_step)(functools.partial(module.loss_fn, *parts), data, optimizer, args)
     state = {f"{i} {name}": module.whole(p) for i, model in enumerate((policy, *critic)) for name, p in model.state_dict().items()}
     respond = functools.partial(module.respond, policy, tokenizer=tokenizer, args=args, temperature=0)
-    return state, stats, log, respond([*train[:5], *train[4:6]], group_size=2), respond(train[:1]), torch.rand(())
+    twins = module.respond(policy, [train[0] | {"question": str(i)} for i in range(6)], tokenizer, args)[1]
+    return state, stats, log, respond([*train[:5], *train[4:6]], group_size=2), respond(train[:1]), twins, torch.rand(())
 
 
 def all_updates(environment, folder):
@@ -109,7 +112,7 @@ def updated(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("updates"), []
     for ranks in 1, 3:
         with (torchrun(ranks) if ranks > 1 else contextlib.nullcontext([{}])) as environments:
-            processes = [FORKS.Process(target=all_updates, args=(environment, folder)) for environment in environments]
+            processes = [fork(all_updates, environment, folder) for environment in environments]
             [process.start() for process in processes], [process.join() for process in processes]
         assert not any(process.exitcode for process in processes)
         found.append([torch.load(folder / f"{ranks} {rank}.pt") for rank in range(ranks)])
@@ -126,13 +129,27 @@ def close(a, b, atol):
 def test_an_update_of_several_processes_is_that_of_one(case, updated):
     """Weights to 1e-6, and all that is computed with rows or sampled: scores, logged means, greedy responses, random state after."""
     alone, found = updated[0][0][case.removesuffix(", sharded")], [process[case] for process in updated[1]]
-    for state, stats, log, greedy, few, after in found:
+    for state, stats, log, greedy, few, twins, after in found:
         close(state, alone[0], 1e-6), close(stats, alone[1], 1e-6), close(log, alone[2], 1e-6)
         for here, there in (greedy, alone[3]), (few, alone[4]):
             assert here[1:] == there[1:]
             close(here[0], there[0], 1e-5)
         assert all(torch.equal(p, found[0][0][name]) for name, p in state.items())           # one another's to the bit
+        assert len({tuple(twins[i:i + 2]) for i in (0, 2, 4)}) == 3              # each process has draws of its own
     assert len({float(after) for *_, after in found}) == 1                       # what they draw together stays the same
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 9])
+def test_a_group_is_never_split(ranks, monkeypatch):
+    import score
+    problems = [{"question": question, "n": n} for n, question in enumerate("aaabbbcccdddeefffff")]
+    monkeypatch.setattr(score, "RANKS", ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(score, "RANK", rank)
+        shares.append(score.share(problems))
+    assert sum(shares, []) == problems
+    assert sum(len({p["question"] for p in part}) for part in shares) == 6 and max(len({p["question"] for p in part}) for part in shares) == math.ceil(6 / ranks)
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------------------------
@@ -216,26 +233,58 @@ def stored(out):
     return moments | {f"{part} {name}": x for part, weights in found.items() for name, x in weights.items()}
 
 
+SHARD = ["--shard", "--iterations", "2", "--eval-every", "2", "--warmup-epochs", "1"]
+
+
+@functools.lru_cache(None)
+def sharded_run(folder):
+    check(run("prl", 2, folder, *SHARD))
+    return folder
+
+
 def test_a_sharded_run_is_killed_and_goes_on(folder, tmp_path):
-    """With as many processes bit for bit; with another number from the same weights and moments: those of the last iteration are
-    saved as they were read."""
-    check(run("prl", 2, folder / "sharded", "--shard"))
-    written = {p.name for p in (folder / "sharded").iterdir()}
-    assert written >= {"model", "warmup", "state.pt"} and len([name for name in written if name.startswith("shards")]) == 1
-    out = tmp_path / "run"
+    """With as many processes log and weights bit for bit, with another number from the same weights and moments."""
+    whole, out = sharded_run(folder / "sharded"), tmp_path / "run"
+    assert len(list(whole.glob("shards*"))) == 1
     with torchrun(2) as environments:
-        running = start("prl", environments, out, "--shard")
-        wait_for(out, 3, running)
+        running = start("prl", environments, out, *SHARD)
+        wait_for(out, 2, running)
         running[1].kill(signal.SIGKILL)
-        [process.wait() for process in running]
+        assert [process.wait().returncode for process in running] == [1, -9]
+    saved = torch.load(out / "state.pt", weights_only=True)["log_lines"]
     shutil.copytree(out, tmp_path / "three")
-    check(run("prl", 2, out, "--shard", "--resume"))
-    assert read_log(out) == read_log(folder / "sharded")
-    close(stored(out), stored(folder / "sharded"), 0)
-    assert (out / "model/model.safetensors").read_bytes() == (folder / "sharded/model/model.safetensors").read_bytes()
-    before = read_log(tmp_path / "three")[:2]
-    check(run("prl", 3, tmp_path / "three", "--shard", "--resume"))
-    assert read_log(tmp_path / "three")[:2] == before and len(read_log(tmp_path / "three")) == 5
+    check(run("prl", 2, out, *SHARD, "--resume"))
+    assert read_log(out) == read_log(whole)
+    close(stored(out), stored(whole), 0)
+    assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    before = read_log(tmp_path / "three")[:saved]
+    check(run("prl", 3, tmp_path / "three", *SHARD, "--resume"))
+    assert before and read_log(tmp_path / "three")[:saved] == before and len(read_log(tmp_path / "three")) == 4
+
+
+def test_weights_and_moments_are_the_same_for_another_number(folder, tmp_path):
+    """A finished run of two, read and saved again by three."""
+    shutil.copytree(sharded_run(folder / "sharded"), tmp_path / "run")
+    with torchrun(3) as environments:
+        processes = [fork(save_again, environment, tmp_path / "run") for environment in environments]
+        [process.start() for process in processes], [process.join() for process in processes]
+    assert not any(process.exitcode for process in processes)
+    before, after = stored(folder / "sharded"), stored(tmp_path / "run")
+    assert any("exp_avg" in name for name in after)
+    close(after, before, 0)
+
+
+def save_again(environment, out):
+    os.environ.update(environment)
+    module = importlib.reload(importlib.import_module("prl"))
+    module.connect()
+    args = module.parse_args([*TINY, "--shard", "--out", str(out)])
+    state, policy = module.load_state(args), module.initial_policy(args)[0]
+    module.spread([policy], args)
+    optimizer = module.adamw([policy], args.lr)
+    module.load_run({"policy": policy}, optimizer, state.pop("weights"), state, args)
+    module.save_run({"policy": policy}, optimizer, state, args)
+    module.disconnect()
 
 
 @pytest.mark.parametrize("flags, words", [(["--lr", "nan"], "--lr nan"), (["--max-new-tokens", "5000"], "context"), ([], "holds a run already")])

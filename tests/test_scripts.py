@@ -376,6 +376,7 @@ def test_files_of_both_forms_train(form, records, checkpoint, tmp_path):
     (["--lr", "inf"], ["--lr inf"]),
     (["--grad-clip", "0"], ["--grad-clip 0"]),
     (["--rerank"], ["--vote-k"]),
+    (["--shard"], ["--shard", "torchrun"]),
     (["--operations-low", "1", "--operations-high", "1", "--eval-size", "2000"], ["--operations-low", "found"]),
     (["--device", "cuda"], ["no GPU"]),
 ])
