@@ -33,6 +33,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import activation, add_norm, decode_attention, sample_tokens, use_triton
 
@@ -119,6 +120,13 @@ class Block(nn.Module):
             self.register_parameter(name + "_bias", nn.Parameter(torch.zeros(shape[0])) if bias[name] else None)
         for name in ("q_norm", "k_norm"):
             self.register_parameter(name, nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None)
+
+    def forward(self, layer, c, x, rope, attend, checkpointed):
+        """`layer`, which is block or what it was compiled to, with these parameters. checkpointed: of what it makes only x is kept
+        for the backward pass, which makes the rest again."""
+        if checkpointed:
+            return checkpoint(layer, c, self, x, rope, attend, use_reentrant=False, preserve_rng_state=False)
+        return layer(c, self, x, rope, attend)
 
 
 def norm(x, weight, bias, eps):
@@ -214,7 +222,9 @@ def compiled_block():
 
 class GPT(nn.Module):
     """gpt(tokens (B, T)) -> hidden (B, T, C) after the final norm; the scripts apply `head_weight` in chunks."""
-    compiled = False                    # whether forward takes the compiled block; one switch for all models
+    compiled = False                    # whether forward takes the compiled block; one switch for all models, as the next
+    checkpointed = False                # whether training keeps the input of each layer only
+    sharded = False                     # whether the weights that are trained are spread over several processes
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -234,8 +244,9 @@ class GPT(nn.Module):
         if T > c.max_len:
             raise InputError(f"rows of {T} tokens do not fit into the context of {c.max_len}")
         places = torch.arange(T, device=tokens.device)[None]
-        return trunk(c, self, tokens, places, rope_table(c, T, tokens.device), lambda layer: causal_attention,
-                     compiled_block() if self.compiled else block)
+        layer, again = compiled_block() if self.compiled else block, self.checkpointed and torch.is_grad_enabled()
+        return trunk(c, self, tokens, places, rope_table(c, T, tokens.device), lambda number: causal_attention,
+                     lambda c, w, x, rope, attend: w(layer, c, x, rope, attend, again))
 
     @property
     def head_weight(self):
@@ -266,6 +277,37 @@ class GPT(nn.Module):
         """hidden (B, T, C) -> V(s_t) (B, T), in fp32 also under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
+
+
+def training_memory(c: GPTConfig, tokens: int, cached: int, trained=1, checkpointed=False, mixed=True, shards=1) -> dict:
+    """Bytes that a process needs to train a GPT in fp32 with AdamW beside a frozen reference, by what they are for: micro-batches
+    of so many tokens, padding included, and rollouts of which so many tokens are cached at a time. trained: models, 2 with a critic
+    of its own. mixed: products in bf16, as on a GPU; then "copies" are the weights in bf16. shards: processes over which FSDP
+    spreads what it can; "gathered" is what of that is whole at a time. "update" and "rollout" are the sums that are needed
+    together. The activations are what autograd keeps, counted, and a layer's worth of gradients; what CUDA takes for itself
+    comes on top.
+    """
+    with torch.device("meta"):
+        gpt = GPT(c)
+    total, layers = (sum(p.numel() for p in part.parameters()) for part in (gpt, gpt.blocks))
+    matrices = sum(p.numel() for name, p in gpt.blocks.named_parameters() if "norm" not in name)
+    width, gated, spread = 2 if mixed else 4, c.mlp == "swiglu", shards > 1
+    heads = (3 * c.n_head + 2 * c.n_kv_head) * c.head_dim           # q, k, v, and what attention makes of them, twice
+    layer = (16 if gated else 8) * c.n_embd + width * (2 * c.n_embd + heads + (4 if gated else 2) * c.n_inner)       # a token's
+    layer += 10 * (c.n_head + c.n_kv_head) * c.head_dim if c.qk_norm else 0
+    kept = c.n_layer * (4 * c.n_embd if checkpointed else layer) + layer + 12 * c.n_embd
+    head = 4 * c.vocab_size * c.n_embd + 2 ** 28 if mixed else 12 * min(tokens * c.vocab_size, 2 ** 24)              # its gradient
+    copies = (4 - width) * matrices
+    found = {"parameters": total, "weights": 4 * trained * total / shards, "gradients": 4 * trained * total / shards,
+             "optimiser": 8 * trained * total / shards,
+             "reference": 4 * total / shards if spread else 4 * total - copies,
+             "gathered": spread * 4 * ((2 * trained + 1) * (total - layers) + 3 * layers / c.n_layer),
+             "copies": copies + (4 - width) * c.vocab_size * c.n_embd,
+             "cache": cached * c.n_layer * 2 * c.n_kv_head * c.head_dim * width, "activations": trained * tokens * kept + head}
+    always = found["weights"] + found["optimiser"] + found["reference"] + found["gathered"]
+    in_use = copies / c.n_layer if spread and checkpointed else copies              # by the layers of a forward pass
+    return found | {"update": always + found["gradients"] + in_use + found["activations"],
+                    "rollout": always + found["copies"] + found["cache"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -315,12 +357,17 @@ def side_stream(device: int):
 SCHEDULE = dict(cpu=(1, None, 8, None), cuda=(32, 16, 256, cuda_graph))
 
 
-def decoding_weights(gpt: GPT, dtype):
-    """The same names as in gpt, detached, the matrices in dtype: attribute look-ups and casts are paid once a call."""
+def whole(p):
+    """The tensor p; of one whose parts lie with several processes, as FSDP leaves them, all of it: each of them must ask."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def decoding_weights(gpt: GPT, dtype, device):
+    """The same names as in gpt, detached, whole, the matrices in dtype: look-ups, casts and gathering are paid once a call."""
     def lean(module):
-        return {name: p if p is None or "norm" in name or name in ("embed", "positions") else p.to(dtype)
+        return {name: p if p is None else whole(p if "norm" in name or name in ("embed", "positions") else p.to(dtype)).to(device)
                 for name, p in module._parameters.items()}
-    return SimpleNamespace(**lean(gpt) | {"head": gpt.head_weight.to(dtype)},
+    return SimpleNamespace(**lean(gpt) | {"head": whole(gpt.head_weight.to(dtype)).to(device)},
                            blocks=[SimpleNamespace(**lean(b)) for b in gpt.blocks])
 
 
@@ -331,10 +378,10 @@ def free_memory(device) -> float:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def rows_at_once(gpt: GPT, rows: int, longest: int, width: int) -> int:
+def rows_at_once(gpt: GPT, rows: int, longest: int, width: int, device) -> int:
     """How many of the rows `generate` takes at a time: all, or equal parts whose cache of width columns, prefill and sampling
     fit into free memory."""
-    c, device = gpt.config, gpt.embed.device
+    c = gpt.config
     itemsize, heads = 4 if device.type == "cpu" else 2, c.n_head + 2 * c.n_kv_head
     row = 2 * c.n_layer * c.n_kv_head * c.head_dim * width * itemsize                # the cache
     row += 16 * longest * (c.n_embd + c.n_inner + heads * c.head_dim)                # what one layer of the prefill makes
@@ -361,14 +408,15 @@ def draw_tokens(logits, greedy):
     return new, probs.gather(1, new[:, None])[:, 0].log(), finite
 
 
-def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, group_size: int = 1):
+def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, group_size: int = 1, device=None):
     """Sample group_size responses to each prompt: tokens (B, T), response_mask (B, T-1) and the log-probs (B, T-1) with which
     the tokens of the responses were drawn, in the layout at the top of this file; B = len(prompts) * group_size, the rows of
     a prompt are adjacent, T is the longest row.
 
     A row ends with eos_id (in the mask) or after max_new_tokens. temperature 0 takes the most likely token; another than 1
-    counts in the log-probs too. Draws hang on the device's global random generator. Raises InputError if a prompt is empty or
-    prompt and response do not fit into the context, FloatingPointError if a logit was not finite.
+    counts in the log-probs too. device: where, if not where the weights are. Draws hang on that device's global random
+    generator. Raises InputError if a prompt is empty or prompt and response do not fit into the context, FloatingPointError if
+    a logit was not finite.
     """
     longest = max(map(len, prompts), default=0)
     if not prompts or not all(prompts) or max_new_tokens < 1:
@@ -376,9 +424,10 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     if longest + max_new_tokens > gpt.config.max_len:
         raise InputError(f"{longest} prompt tokens and {max_new_tokens} new tokens exceed the context of {gpt.config.max_len}")
     rows = [prompt for prompt in map(tuple, prompts) for _ in range(group_size)]
-    n = rows_at_once(gpt, len(rows), longest, longest + max_new_tokens)
+    device = torch.device(device or gpt.embed.device)
+    n = rows_at_once(gpt, len(rows), longest, longest + max_new_tokens, device)
     with torch.inference_mode():
-        parts = [_generate(gpt, rows[i:i + n], max_new_tokens, temperature) for i in range(0, len(rows), n)]
+        parts = [_generate(gpt, rows[i:i + n], max_new_tokens, temperature, device) for i in range(0, len(rows), n)]
         T = max(part[0].shape[1] for part in parts)
         tokens, logprobs = (torch.cat([F.pad(part[i], (0, T - part[i].shape[1]), value=filler) for part in parts])
                             for i, filler in ((0, gpt.config.pad_id), (3, 0.0)))
@@ -388,14 +437,15 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     return tokens.clone(), response_mask, logprobs[:, 1:].clone()    # a clone made here is an ordinary tensor: autograd takes it
 
 
-def _generate(gpt, prompts, max_new_tokens, temperature):
+def _generate(gpt, prompts, max_new_tokens, temperature, device):
     """One sample to each of the prompts (tuples), all at once: tokens (B, T), prompt_lengths (B,), lengths (B,) and the
     log-probs (B, T) with which the tokens of the response were drawn."""
-    c, device, fused = gpt.config, gpt.embed.device, use_triton(gpt.embed)
+    c = gpt.config
     on_cuda, (look_every, smallest, granule, capture) = device.type == "cuda", SCHEDULE[device.type]
     longest = max(map(len, prompts))
     dtype = torch.bfloat16 if on_cuda else torch.float32
-    w = decoding_weights(gpt, dtype)
+    w = decoding_weights(gpt, dtype, device)
+    fused = use_triton(w.embed)
     width = longest + max_new_tokens
     rope = rope_table(c, width, device)
 
@@ -1201,9 +1251,34 @@ def load_checkpoint(folder):
     return gpt, tokenizer
 
 
-def save_checkpoint(folder, gpt: GPT, tokenizer: Tokenizer):
+def _write_weights(path: Path, gpt: GPT, write: bool):
+    """model.safetensors as the package safetensors would write it (a JSON header behind its length, then the data), but one
+    parameter after the other: the weights are never held a second time."""
+    parameters = {name: p for name, p in gpt.state_dict().items() if not name.startswith("value_head.")}
+    parts = {name: _hf_parts(gpt.config, name, tuple(p.shape)) for name, p in parameters.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for part, shape in sorted(itertools.chain(*parts.values())):
+        start, end = end, end + 4 * math.prod(shape)
+        header[part] = {"dtype": "F32", "shape": shape[::-1] if _is_transposed(part) else shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary if write else os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, p in parameters.items():
+            p = whole(p)
+            if write:
+                for (part, _), tensor in zip(parts[name], p.float().cpu().split([shape[0] for _, shape in parts[name]])):
+                    file.seek(8 + len(text) + header[part]["data_offsets"][0])
+                    file.write((tensor.t() if _is_transposed(part) else tensor).contiguous().numpy())
+    if write:
+        os.replace(temporary, path)
+
+
+def save_checkpoint(folder, gpt: GPT, tokenizer: Tokenizer, write: bool = True):
     """Write gpt as a Hugging Face folder that transformers and vLLM open: config.json, model.safetensors (float32) and
-    the tokenizer's files; a value head goes into value_head.safetensors. Each file is replaced as a whole."""
+    the tokenizer's files; a value head goes into value_head.safetensors. Each file is replaced as a whole. Where the weights
+    are spread over several processes all of them call this, and one writes."""
     folder, c = Path(folder), gpt.config
     folder.mkdir(parents=True, exist_ok=True)
     raw = dict(architectures=[FAMILIES[c.family]], model_type=c.family, vocab_size=c.vocab_size,
@@ -1221,18 +1296,14 @@ def save_checkpoint(folder, gpt: GPT, tokenizer: Tokenizer):
                     intermediate_size=c.n_inner, hidden_act="silu", rms_norm_eps=c.norm_eps, attention_bias=c.out_bias,
                     mlp_bias=c.mlp_bias, rope_parameters=dict(rope, rope_theta=c.rope_theta),
                     rope_theta=c.rope_theta, rope_scaling=rope if c.rope_scaling else None)
-    tensors = {}
-    for name, p in gpt.state_dict().items():
-        if name.startswith("value_head."):
-            continue
-        parts = _hf_parts(c, name, tuple(p.shape))
-        for (part, shape), tensor in zip(parts, p.float().cpu().split([shape[0] for _, shape in parts])):
-            tensors[part] = (tensor.t() if _is_transposed(part) else tensor).clone(memory_format=torch.contiguous_format)
-    _write(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    _write_weights(folder / "model.safetensors", gpt, write)
+    value_head = {} if gpt.value_head is None else {k: whole(v).float().cpu() for k, v in gpt.value_head.state_dict().items()}
+    if not write:
+        return
     _write(folder / "config.json", json.dumps(raw, indent=2).encode())
     tokenizer.save(folder)
     head = folder / "value_head.safetensors"
-    if gpt.value_head is not None:
-        _write(head, safetensors.torch.save({k: v.float().cpu() for k, v in gpt.value_head.state_dict().items()}))
+    if value_head:
+        _write(head, safetensors.torch.save(value_head))
     else:
         head.unlink(missing_ok=True)

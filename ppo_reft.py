@@ -38,6 +38,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -45,11 +46,13 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import signal
 import string
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -59,11 +62,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from kernels import linear_logprobs, linear_stats
-from model import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, save_checkpoint, generate
+from model import (GPT, GPTConfig, InputError, Tokenizer, free_memory, generate, load_checkpoint, save_checkpoint,
+                   training_memory, whole)
 
 
 @dataclass
@@ -82,6 +87,8 @@ class Args:
     seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
+    checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
+    shard: bool = False              # under torchrun: spread weights, gradients and optimiser over its processes (FSDP2)
     resume: bool = False             # go on with the run in --out exactly where it was saved
     evaluate_only: bool = False      # test --model as it is: numbers, no training, no weights; needs no --train-data
     # model from nothing, used without --model (small and many steps beats large and few)
@@ -255,6 +262,7 @@ def main(args):
     ref = policy.frozen()
     policy, rows, steps = baseline_start(policy, train, tokenizer, state, args)
     critic = add_critic(policy, args)
+    spread([policy, critic, ref], args)
     loss_of = functools.partial(loss_fn, policy, critic, ref, args)
     modules, optimizer = {"policy": policy, "critic": critic}, adamw([policy, critic], args.lr)
     if "best" not in state:
@@ -277,7 +285,7 @@ def main(args):
 
     # the checkpoint that was best on the dev split, tested once, and the last one
     if "after" not in state:
-        best = load_checkpoint(Path(args.out) / "model")[0].to(args.device)
+        best = load_checkpoint(Path(args.out) / "model")[0].to(resting(args))
         last = {"last_accuracy": evaluate(policy, test, tokenizer, args)["accuracy"]}
         tell("after", tested(best, ref, train, test, tokenizer, args) | last, state, args)
         save_run(modules, optimizer, state, args)
@@ -316,10 +324,9 @@ def warm_up(policy, rows, tokenizer, state, args):
             with located(f"warm-up step {step}", args):
                 loss = sft_step(policy, rows, optimizer, step, total, args.seed, args)["loss"]
             state["loss"] = loss if step == 1 else 0.99 * state["loss"] + 0.01 * loss
-        with phase("save"):
-            save_checkpoint(folder, policy, tokenizer)
+        save_model(folder, policy, tokenizer)
         state |= {"warmup_steps": total, "step": 0}
-    return load_checkpoint(folder)[0].to(args.device)
+    return load_checkpoint(folder)[0].to(resting(args))
 
 
 def add_critic(policy, args):
@@ -327,7 +334,7 @@ def add_critic(policy, args):
     torch.manual_seed(args.seed)
     critic = copy.deepcopy(policy) if args.value == "separate" else policy
     critic.add_value_head()
-    return critic.to(args.device)
+    return critic
 
 
 # ==== baselines ===============================================================================================================
@@ -339,7 +346,7 @@ def baseline_start(policy, train, tokenizer, state, args):
     if args.method != "offline-st":
         return policy, rows, steps
     rows += self_training_rows(policy, train, tokenizer, args)
-    return initial_policy(args)[0], rows, steps + math.ceil(state["warmup_steps"] / max(args.iterations, 1))
+    return initial_policy(args)[0].to(resting(args)), rows, steps + math.ceil(state["warmup_steps"] / max(args.iterations, 1))
 
 
 def sft_update(policy, rows, optimizer, iteration, steps, args):
@@ -787,6 +794,8 @@ def prepare(args):
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
     train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
+    if not args.evaluate_only:
+        check_memory(policy.config, train, args)
     longer = sum(len(problem["response"]) > args.max_new_tokens for problem in train)
     if longer:
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
@@ -795,6 +804,7 @@ def prepare(args):
     begins = f"begins with the BOS {tokenizer.decode(bos)}" if bos and shown["prompt"][:len(bos)] == bos else "no BOS"
     print_ids(f"first prompt ({begins})", shown["prompt"], tokenizer)
     print_ids("its demonstration", shown["response"], tokenizer)
+    spread([policy], args)
     return policy, tokenizer, train, dev, test
 
 
@@ -813,10 +823,41 @@ def encode_prompt(question, paper, tokenizer, args, header=""):
     return tokenizer.encode_prompt(text.replace("{question}", question) + header)
 
 
+def row_length(problem, args):
+    """Tokens that a problem may take with its demonstration or a response."""
+    return len(problem["prompt"]) + max(len(problem["response"]), problem.get("room", args.max_new_tokens))
+
+
+def check_memory(config, problems, args):
+    """Says how much memory training takes; an InputError where a GPU has less of it, with what would fit."""
+    longest, rows = max(row_length(p, args) for p in problems), args.batch_size * getattr(args, "group_size", 1) / RANKS
+    trained, shards = 1 + (getattr(args, "value", "") == "separate"), RANKS if args.shard else 1     # a critic of its own: two
+    needs = lambda count, checkpointed, shards: training_memory(
+        config, count * longest, math.ceil(rows) * longest, trained, checkpointed, args.device == "cuda", shards)
+    found = needs(args.micro_batch_size, args.checkpoint_activations, shards)
+    size = lambda count: f"{count / 2 ** 30:.1f} GiB" if count > 2 ** 30 else f"{count / 2 ** 20:.1f} MiB"
+    say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
+        f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
+        f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
+    if args.device == "cuda" and peak(found) > (free := free_memory(torch.device("cuda")) - 2 ** 29):        # what CUDA takes
+        smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
+        fitting = [f"{'' if more == shards else f'--shard on {more} GPUs, '}--micro-batch-size {fewer}"
+                   f"{' --checkpoint-activations' if again else ''}"
+                   for more in (shards, *(2 ** i for i in range(1, 8) if 2 ** i > shards)) for again in (False, True)
+                   for fewer in smaller if peak(needs(fewer, again, more)) <= free]
+        raise InputError(f"training takes {size(peak(found))} of memory and the GPU has {size(free)} to give; what would fit: "
+                         + (fitting[0] if fitting else "a smaller model"))
+
+
+def peak(found):
+    """Of training_memory(), what has to fit: a cache that does not is cut in pieces."""
+    return max(found["update"], found["rollout"] - found["cache"])
+
+
 def fits(problems, policy, args):
     """The problems; an InputError if one does not fit into the model's context."""
     for problem in problems:
-        length = len(problem["prompt"]) + max(len(problem["response"]), problem.get("room", args.max_new_tokens))
+        length = row_length(problem, args)
         if length > policy.config.max_len:
             raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with its response, "
                              f"the model's context holds {policy.config.max_len}")
@@ -824,8 +865,9 @@ def fits(problems, policy, args):
 
 
 def initial_policy(args):
-    """The policy before any training, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
+    """The policy before any training, on the CPU, and its tokenizer: the checkpoint --model, or a small GPT from nothing."""
     torch.manual_seed(args.seed)
+    GPT.checkpointed = args.checkpoint_activations
     if args.model:
         policy, tokenizer = load_checkpoint(find_model(args.model))
         GPT.compiled = args.compile and args.device == "cuda"
@@ -836,7 +878,7 @@ def initial_policy(args):
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     if args.device == "cpu" and sum(p.numel() for p in policy.parameters()) < 1e7:
         torch.set_num_threads(1)                                     # a small model is no faster on more, and they change its run
-    return policy.to(args.device), tokenizer
+    return policy, tokenizer
 
 
 @functools.cache
@@ -1085,7 +1127,7 @@ def lap(state):
     now, phases = time.perf_counter(), {name: round(COST[name], 4) for name in PHASES}
     seconds = now - COST["since"] - COST["evaluate"] - COST["save"]
     state["phases"] = {name: state["phases"][name] + phases[name] for name in PHASES}
-    state["flops"] += float(COST["flops"])
+    state["flops"] += float(summed(torch.tensor(float(COST["flops"]), dtype=torch.float64)))
     if torch.cuda.is_initialized():
         state["peak_gib"] = max(state.get("peak_gib", 0.0), torch.cuda.max_memory_allocated() / 2 ** 30)
     COST.update(dict.fromkeys(COST, 0.0), since=now)
@@ -1103,7 +1145,7 @@ def count_training(gpt, lengths, sampled):
 
 def bill(state, args):
     """What a run cost, for its summary: rates of the training, seconds by phase of all of it; of a GPU that is known the share of
-    its peak in the updates, and the highest memory in use."""
+    its peak in the updates, and the highest memory in use. Of several processes time and memory are the first one's."""
     seconds, update = max(state["seconds"], 1e-9), state["phases"]["update"]
     found = {"seconds": round(state["seconds"], 3), "tokens_per_second": round(state["tokens"] / seconds, 1),
              "rollouts_per_second": round(state["rollouts"] / seconds, 2),
@@ -1113,7 +1155,7 @@ def bill(state, args):
         name = torch.cuda.get_device_name()
         peak = next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b(?! (?:D|Laptop))", name)), None)
         if peak and update:
-            found["mfu"] = round(state["flops"] / update / peak, 4)
+            found["mfu"] = round(state["flops"] / update / peak / RANKS, 4)
     return found
 
 
@@ -1124,8 +1166,11 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     """group_size responses to each problem in adjacent rows, checked: {tokens (B, T), response_mask and sampled_logprobs
     (B, T-1), ended, outcomes and strict (B,)}, texts and answers. ended: stopped by itself, not cut off; strict: right, in the
     asked form."""
-    with phase("generate"):
-        tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size)
+    mine = share(problems)
+    problems = mine or problems[:1]
+    with phase("generate"), own_draws(args):
+        tokens, mask, logprobs = generate(policy, [p["prompt"] for p in problems], args.max_new_tokens, temperature, group_size,
+                                          args.device if args.shard else None)
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
             "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
@@ -1134,7 +1179,9 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
         answers = read_answers(texts, problems, args)
         outcomes = reward(answers, problems, args)
     strict = (outcomes == 1) & torch.tensor([in_form(text, problem, args) for text, problem in zip(texts, problems)])
-    return data | {"outcomes": outcomes.to(tokens.device), "strict": strict.to(tokens.device)}, texts, answers
+    data |= {"outcomes": outcomes.to(tokens.device), "strict": strict.to(tokens.device)}
+    with phase("generate"):                                          # of several processes the quick ones wait for the others
+        return assembled(mine, data, texts, answers, policy)
 
 
 def response_ids(data):
@@ -1156,7 +1203,7 @@ def means(found):
 
 def in_batches(problems, args, count=1):
     """The problems in batches for `count` samples each; on a GPU generate() splits what does not fit into memory."""
-    size = max(1, (4096 if args.device == "cuda" else args.minibatch_size) // count)
+    size = max(1, RANKS * (4096 if args.device == "cuda" else args.minibatch_size) // count)
     return [problems[i:i + size] for i in range(0, len(problems), size)]
 
 
@@ -1188,8 +1235,7 @@ def keep_best(policy, dev, tokenizer, iteration, state, args, temperature=0, by=
     """Evaluates the policy on the dev split; the checkpoint that is best there so far is kept in the folder model/."""
     found = evaluate(policy, dev, tokenizer, args, temperature)
     if iteration == 0 or found[by] > state["best"][by]:
-        with phase("save"):
-            save_checkpoint(Path(args.out) / "model", policy, tokenizer)
+        save_model(Path(args.out) / "model", policy, tokenizer)
         state["best"] = {"iteration": iteration, "accuracy": found["accuracy"], by: found[by]}
     return {f"dev_{name}": value for name, value in found.items()}
 
@@ -1212,12 +1258,18 @@ def row_lengths(batch):
 
 def micro_batches(batch, size):
     """(rows, micro-batch) pairs: `size` rows of like length, cut to the longest of them, so that little padding is computed; on
-    a GPU to a multiple of 64, which its kernels like."""
+    a GPU to a multiple of 64, which its kernels like. Of several processes each takes its rows, as many as the others: one
+    without a last row takes the last of all, with zeros in all but its tokens, for which it counts nowhere."""
     lengths, granule = row_lengths(batch).cpu(), 64 if batch["tokens"].is_cuda else 1
-    for rows in lengths.argsort(stable=True).split(size):
+    order, n = lengths.argsort(stable=True), len(lengths)
+    for places in torch.arange(RANK, n + -n % RANKS, RANKS).split(size):
+        rows = order[places.clamp(max=n - 1)]
         width = math.ceil(int(lengths[rows].max()) / granule) * granule
-        yield rows, {k: v[rows] if v.dim() == 1 else v[rows, :width if k == "tokens" else width - 1]
-                     for k, v in batch.items()}
+        micro = {k: v[rows] if v.dim() == 1 else v[rows, :width if k == "tokens" else width - 1] for k, v in batch.items()}
+        if places[-1] >= n:
+            for name in micro.keys() - {"tokens"}:
+                micro[name][-1] = -100 if name == "labels" else 0    # -100: no class, for cross_entropy()
+        yield rows, micro
 
 
 def sampled(gpt, micro):
@@ -1240,7 +1292,7 @@ def masked_mean(x, mask):
 
 def autocast(tokens):
     """bf16 matrix products on a GPU, plain fp32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=not GPT.sharded) if tokens.is_cuda else nullcontext()
 
 
 @phase("score")
@@ -1258,7 +1310,7 @@ def token_stats(policy, ref, data, args, critic=None):
         for name, x in zip(("old_logprobs", "entropy", "kl", "ref_logprobs", "old_values"), found):
             whole = stats.setdefault(name, torch.zeros(mask.shape, device=mask.device))
             whole[rows, :micro["response_mask"].shape[1]] = place(x.float(), micro["response_mask"])
-    return stats
+    return {name: summed(x) for name, x in stats.items()}
 
 
 def sampler_gap(data):
@@ -1284,7 +1336,9 @@ def optimiser_step(loss_of, minibatch, optimizer, args):
         totals = {k: torch.maximum(totals.get(k, v), v) if k.endswith("_max") else totals.get(k, 0) + v
                   for k, v in ((k, v.detach()) for k, v in stats.items())}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+    sum_gradients(parameters)
+    totals = {k: summed(v, "max" if k.endswith("_max") else "sum") for k, v in totals.items()}
+    totals["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip))
     totals = dict(zip(totals, torch.stack(list(totals.values())).tolist()))              # one device-to-host copy
     for name, value in totals.items():
         if not math.isfinite(value):
@@ -1306,6 +1360,152 @@ def draw(items, size, step, seed):
     return [items[shuffled(n, seed, i // n)[i % n]] for i in range((step - 1) * size, step * size)]
 
 
+# ==== several processes: torchrun =============================================================================================
+# Work is shared out where responses are sampled and checked (respond) and where rows are computed (micro_batches), and what comes
+# of it is put together at once: every process holds the whole rollout, does the same arithmetic with it, and takes the same step
+# with the summed gradient. So counts, whitening and logged means are those of one process, and the parts above know nothing of
+# it. The first process alone prints, logs, draws and writes; all read its run folder. Without torchrun nothing here does anything.
+
+RANK, LOCAL_RANK, RANKS = [int(os.environ[name]) if dist.is_torchelastic_launched() else default
+                           for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))]
+LINKS = []                                                           # a store that all can write to, a ring, who watches it
+
+
+def connect():
+    """Finds the other processes. From here on one that dies ends them all."""
+    if not dist.is_torchelastic_launched():
+        return
+    gpus = torch.cuda.device_count()
+    if LOCAL_RANK < gpus:
+        torch.cuda.set_device(LOCAL_RANK)                            # what "cuda" means from here on
+    LINKS.append(next(dist.rendezvous("env://"))[0])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=LINKS[0], rank=RANK, world_size=RANKS)
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    if RANKS > 1:
+        LINKS.append(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1000)))
+        LINKS.append(threading.Thread(target=watch, daemon=True))
+        LINKS[2].start()
+
+
+def watch():
+    """Waits for the next process to say that it is done. If it died instead this one ends at once, and so on around the ring: a
+    GPU would wait for it for ever."""
+    try:
+        dist.recv(torch.empty(1), (RANK + 1) % RANKS, group=LINKS[1])
+    except RuntimeError:
+        say_once("stopped: another process of this run has ended; what was saved last is kept")
+        os._exit(1)
+
+
+def disconnect():
+    """The end of a run, which no process takes for a failure of another."""
+    gathered(None)
+    if RANKS > 1:
+        dist.send(torch.zeros(1), (RANK - 1) % RANKS, group=LINKS[1])
+        LINKS[2].join()
+    if LINKS:
+        dist.destroy_process_group()
+
+
+def say_once(message):
+    """One line on stderr, of the first process that has one to say."""
+    if not LINKS or LINKS[0].add("said", 1) == 1:
+        print(f"{Path(__file__).name}: {message}", file=sys.__stderr__ if RANK else sys.stderr)
+
+
+def gathered(value):
+    """[the value of each process], once all are here."""
+    values = [value] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def summed(x, op="sum"):
+    """The tensor x becomes its sum over the processes, or with "max" the largest."""
+    if RANKS > 1:
+        dist.all_reduce(x, dict(sum=dist.ReduceOp.SUM, max=dist.ReduceOp.MAX)[op])
+    return x
+
+
+def sum_gradients(parameters):
+    """Each process's share of the gradients becomes the whole of them."""
+    gradients = [p.grad for p in parameters if RANKS > 1 and p.grad is not None and not GPT.sharded]     # FSDP has done it
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+
+
+def share(problems):
+    """The part of the problems that is for this process; those of one question stay together."""
+    if RANKS == 1:
+        return problems
+    groups = [list(group) for _, group in itertools.groupby(problems, lambda p: p["question"])]
+    return list(itertools.chain(*groups[len(groups) * RANK // RANKS:len(groups) * (RANK + 1) // RANKS]))
+
+
+@contextmanager
+def own_draws(args):
+    """Inside it draws are each process's own; afterwards the random state is the same in all of them again."""
+    if RANKS == 1:
+        yield
+        return
+    seed = int(torch.randint(2 ** 62, ())) + RANK
+    with torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def assembled(mine, data, texts, answers, policy):
+    """The responses of all processes in the order of the problems; `mine` is empty where this one's do not count."""
+    if RANKS == 1:
+        return data, texts, answers
+    device = data["tokens"].device
+    parts = gathered(mine and ({name: x.cpu() for name, x in data.items()}, texts, answers))
+    data, texts, answers = zip(*filter(None, parts))
+    T = max(part["tokens"].shape[1] for part in data)
+    filler = lambda name: policy.config.pad_id if name == "tokens" else 0
+    widened = lambda name, x, by: x if x.dim() == 1 else torch.nn.functional.pad(x, (0, by), value=filler(name))
+    return ({name: torch.cat([widened(name, part[name], T - part["tokens"].shape[1]) for part in data]).to(device)
+             for name in data[0]}, list(itertools.chain(*texts)), list(itertools.chain(*answers)))
+
+
+def resting(args):
+    """Where a model is that is not trained: with --shard not on a GPU, which is to hold its part only."""
+    return "cpu" if args.shard else args.device
+
+
+def spread(models, args):
+    """The models go to their device; with --shard each process has a part of each weight and of what belongs to it, and FSDP2
+    gathers a layer when it is used. Several names may stand for one model. To be done before adamw() takes hold of the parts."""
+    from torch.distributed.fsdp import fully_shard
+    GPT.sharded = args.shard
+    for gpt in dict.fromkeys(models):
+        if not args.shard:
+            gpt.to(args.device)
+            continue
+        mesh = dist.init_device_mesh(args.device, (RANKS,))
+        for part in (*gpt.blocks, gpt):                              # what no layer holds stays whole from forward to backward
+            fully_shard(part, mesh=mesh, reshard_after_forward=part is not gpt)
+            part.set_gradient_divide_factor(1.0)                     # a sum over the processes,
+            part.set_force_sum_reduction_for_comms(True)             # computed as one: gloo knows no other
+
+
+@phase("save")
+def save_model(folder, policy, tokenizer):
+    """A checkpoint folder, written whole by one process for all."""
+    if GPT.sharded or not RANK:
+        save_checkpoint(folder, policy, tokenizer, write=not RANK)
+    gathered(None)
+
+
+def join_run(args):
+    """The state of a run that the first process has opened, for the others."""
+    catch_signals()
+    state, saved = gathered(None)[0]
+    return (load_state(args) if saved else {}) | state
+
+
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
@@ -1320,10 +1520,18 @@ def on_signal(number, frame):
         print("stopping after this step; once more: at once, without saving", file=sys.stderr, flush=True)
 
 
-def stop(where, args):
-    """Ends a run that a signal stopped, with the command that goes on with it."""
-    command = shlex.join(["python", sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
-    fail(f"stopped{where} in {args.out}; go on with: {command}", 128 + STOP[0])
+def stopped():
+    """The number of the signal that this process or another one of the run has received; 0 if none has."""
+    return int(summed(torch.tensor(max(STOP, default=0)), "max"))
+
+
+def stop(number, where, args):
+    """Ends a run, in all its processes, that a signal stopped, with the command that goes on with it."""
+    start = ["python"] if RANKS == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    command = shlex.join([*start, sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+    say_once(f"stopped{where} in {args.out}; go on with: {command}")
+    disconnect()
+    sys.exit(128 + number)
 
 
 def progress(items, what, args, done=0, total=None):
@@ -1331,13 +1539,18 @@ def progress(items, what, args, done=0, total=None):
     bar = tqdm(items, what, initial=done, total=total, disable=None, leave=False)
     total, first, began, said = len(items) if total is None else total, done, time.time(), time.time()
     for item in bar:
-        if STOP:
-            stop(f" in the {what}; what was saved last is kept", args)
+        if number := stopped():
+            stop(number, f" in the {what}; what was saved last is kept", args)
         yield item
         done, now = done + 1, time.time()
         if bar.disable and now > said + 60:
             said, left = now, (now - began) / (done - first) * (total - done)
             say(f"{what} {done}/{total}  ETA {left // 60:.0f}:{left % 60:02.0f}")
+
+
+def catch_signals():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
 
 def say(text):
@@ -1355,6 +1568,8 @@ def print_ids(name, ids, tokenizer):
 
 def write_whole(path, write):
     """write(temporary path), then a rename: whatever happens, the file at path is whole. OSError where it cannot be written."""
+    if RANK:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
@@ -1370,7 +1585,7 @@ def run_info(args):
     commit = shell("git rev-parse HEAD").stdout.strip()              # empty without git
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     return {"args": asdict(args), "python": platform.python_version(), "torch": torch.__version__, "device": device,
-            "threads": torch.get_num_threads(), "commit": commit,
+            "threads": torch.get_num_threads(), "processes": RANKS, "commit": commit,
             "clean": bool(commit) and not shell("git status --porcelain").stdout,
             "inputs": {name: [fingerprint(file) for file in path.split(",")] if name == "eval_data"
                        else fingerprint(find_model(path) if name == "model" else path)
@@ -1389,6 +1604,8 @@ def fingerprint(path):
 def open_run(args):
     """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
     a run. From here on a signal saves before it ends the run."""
+    if RANK:
+        return join_run(args)
     out, state = Path(args.out), {"step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0, "rollouts": 0, "flat": 0, "flops": 0.0,
                                   "phases": dict.fromkeys(PHASES, 0.0)}
     if args.resume and not (out / "args.json").exists():
@@ -1410,7 +1627,7 @@ def open_run(args):
             before = json.loads((out / "args.json").read_text())
             flags, inputs = dict(before["args"]), dict(before["inputs"])
             if (out / "state.pt").exists():
-                state |= torch.load(out / "state.pt", map_location=args.device, weights_only=True)
+                state |= load_state(args)
         except Exception as error:                                   # a damaged file may raise anything
             raise InputError(f"{out}: args.json or state.pt is damaged or another version's, it cannot be resumed "
                              f"({type(error).__name__}: {str(error)[:80]!r})") from None
@@ -1422,8 +1639,7 @@ def open_run(args):
             if inputs.get(name) != info["inputs"].get(name):
                 raise InputError(f"{out}: what {flag} {value} holds has changed since the run began")
         info = before | {"args": flags | {"iterations": args.iterations}}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    catch_signals()
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
@@ -1434,24 +1650,54 @@ def open_run(args):
         write_whole(out / "state.pt", lambda path: torch.save(state, path))
     write_whole(log, lambda path: path.write_text("".join(line + "\n" for line in lines[:state["log_lines"]]), encoding="utf-8"))
     write_whole(out / "args.json", lambda path: path.write_text(json.dumps(info, indent=1)))
+    gathered(({name: value for name, value in state.items() if name != "weights"}, "weights" in state))
     return state
+
+
+def load_state(args):
+    return torch.load(Path(args.out) / "state.pt", map_location=args.device, weights_only=True)
 
 
 @phase("save")
 def save_run(modules, optimizer, state, args):
-    """state.pt: all that resuming needs, the state with the weights of each module and of the optimiser."""
+    """state.pt: all that resuming needs, the state with the weights of each module and of the optimiser. With --shard these lie in
+    a folder that state.pt names, a distributed checkpoint; the one before it goes when state.pt is there."""
     weights = {name: part.state_dict() for name, part in (modules | {"optimizer": optimizer}).items()}
+    if args.shard:
+        import torch.distributed.checkpoint as dcp
+        before, state["shards"] = state.get("shards"), "shards-2" if state.get("shards") == "shards-1" else "shards-1"
+        moments, weights = weights.pop("optimizer"), weights
+        dcp.save(weights | {"moments": moments["state"]}, checkpoint_id=Path(args.out) / state["shards"])
+        weights = {"param_groups": moments["param_groups"]}
     write_whole(Path(args.out) / "state.pt", lambda path: torch.save(state | {"weights": weights}, path))
+    if args.shard and before and not RANK:
+        shutil.rmtree(Path(args.out) / before)
+    gathered(None)
+
+
+def load_run(modules, optimizer, weights, state, args):
+    """Gives modules and optimiser what save_run() kept of them."""
+    if not args.shard:
+        for name, part in (modules | {"optimizer": optimizer}).items():
+            part.load_state_dict(weights[name])
+        return
+    import torch.distributed.checkpoint as dcp
+    folder = Path(args.out) / state["shards"]
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata            # "moments.7.exp_avg" and the like
+    known = {key.split(".")[1] for key in stored if key.startswith("moments.")}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {int(i): {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameters[int(i)]),
+                        "exp_avg_sq": torch.zeros_like(parameters[int(i)])} for i in known}
+    dcp.load({name: part.state_dict() for name, part in modules.items()} | {"moments": moments}, checkpoint_id=folder)
+    optimizer.load_state_dict({"state": moments, "param_groups": weights["param_groups"]})
 
 
 def resumable(total, every, modules, optimizer, state, args):
     """Steps 1 .. total, or those that a resumed run has left. Saves every so many (0: each minute), after the last, and when a
     signal came, which ends the run. A step's number seeds it, so that no random state needs to be kept."""
     if "weights" in state:
+        load_run(modules, optimizer, state.pop("weights"), state, args)
         COST["since"] = time.perf_counter()                          # to load it was no training
-        weights = state.pop("weights")
-        for name, part in (modules | {"optimizer": optimizer}).items():
-            part.load_state_dict(weights[name])
     elif every:
         save_run(modules, optimizer, state, args)                    # what came before the first step
     saved = time.time()
@@ -1459,11 +1705,12 @@ def resumable(total, every, modules, optimizer, state, args):
         torch.manual_seed(1_000_003 * args.seed + step)
         yield step
         state["step"] = step
-        if STOP or step == total or (step % every == 0 if every else time.time() > saved + 60):
+        number, late = stopped(), summed(torch.tensor(int(time.time() > saved + 60)), "max")
+        if number or step == total or (step % every == 0 if every else late):
             save_run(modules, optimizer, state, args)
             saved = time.time()
-        if STOP:
-            stop("; saved", args)
+        if number:
+            stop(number, "; saved", args)
 
 
 @contextmanager
@@ -1477,6 +1724,8 @@ def located(where, args):
 
 def write_log(record, state, args):
     """Appends one line to log.jsonl; a number that is not finite (the explained variance of equal returns) becomes null."""
+    if RANK:
+        return
     if args.tensorboard:
         write_events(record, args)
     plain = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
@@ -1557,6 +1806,8 @@ def figure(width, height):
 @phase("save")
 def plot(args):
     """curves.png: the numbers of log.jsonl over the iterations, and at 0 what the warm-up model has on the test problems."""
+    if RANK:
+        return
     log = list(map(json.loads, open(Path(args.out) / "log.jsonl")))
     warm, log = [[record for record in log if record["event"] == event] for event in ("warmup", "iteration")]
     panels = list(filter(None, [[key for key in keys if any(key in record for record in log)] for keys in PANELS]))
@@ -1613,7 +1864,9 @@ def summarise(problems, state, args):
 
 def fail(message, status=2):
     """One line on stderr, and the exit status."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    say_once(message)
+    if RANKS > 1:
+        os._exit(status)                                             # at once: the others end when they see it
     sys.exit(status)
 
 
@@ -1658,6 +1911,10 @@ def check_args(args):
                  "--tensorboard: the package is not installed (pip install tensorboard)":
                      args.tensorboard and not importlib.util.find_spec("tensorboard"),
                  "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+                 f"--device cuda: more processes on this machine than its {torch.cuda.device_count()} GPUs":
+                     args.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count(),
+                 "--shard spreads a model over the processes of torchrun": args.shard and not dist.is_torchelastic_launched(),
+                 "--rerank trains a model of its own and goes without --shard": args.shard and getattr(args, "rerank", False),
                  "--prompt needs `paper`, `chat` or a text with {question} in it":
                      args.prompt not in ("paper", "chat") and "{question}" not in args.prompt,
                  "--prompt needs data files: the built-in problems have a small vocabulary of their own":
@@ -1685,10 +1942,17 @@ if __name__ == "__main__":
         with suppress(AttributeError):                               # a notebook's has none
             getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
+        connect()
         main(parse_args())
+        disconnect()
     except InputError as error:
         fail(f"error: {error}")
     except (FloatingPointError, OSError) as error:                   # no space left, a folder that is gone
         fail(f"stopped: {error}", 1)
     except KeyboardInterrupt:
         fail("stopped before there was anything to save", 130)
+    except RuntimeError:
+        time.sleep(5 * (RANKS > 1))                                  # where another process has died watch() ends this one
+        raise
+    finally:
+        sys.stderr = sys.__stderr__ if RANK else sys.stderr

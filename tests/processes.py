@@ -24,7 +24,7 @@ SCRIPTS = [name for name in ("ppo_reft", "r3", "score", "prl") if (ROOT / f"{nam
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "processes", *SCRIPTS])
+FORKS.set_forkserver_preload(["pytest", "processes", "torch.distributed.checkpoint", "torch.distributed.fsdp", *SCRIPTS])
 torch.set_num_threads(1)                               # no pool of threads may exist when a run is forked
 torch.optim.AdamW([torch.zeros(1)])                    # loads what an optimiser loads late, once for all forks
 
@@ -44,15 +44,20 @@ def run_script(script, argv, folder, environment, files, pictures):
     runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
 
+def fork(target, *arguments):
+    """A process that is to call target, as a fork of the clean one, which starts at the first and only then. daemon: no test leaves
+    one behind."""
+    with mock.patch.dict(os.environ, NO_GPU | {"PYTHONPATH": os.pathsep.join(sys.path)}):
+        multiprocessing.forkserver.ensure_running()
+    return FORKS.Process(target=target, args=arguments, daemon=True)
+
+
 class Running:
     """A script started as `python script.py flags` would start it, with its output in files: .kill(number), .wait() -> result."""
 
     def __init__(self, script, argv, pictures=False):
         self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
-        with mock.patch.dict(os.environ, NO_GPU | {"PYTHONPATH": os.pathsep.join(sys.path)}):
-            multiprocessing.forkserver.ensure_running()                        # starts at the first run, and only then
-        arguments = script, argv, os.getcwd(), dict(os.environ), [file.name for file in self.files], pictures
-        self.process = FORKS.Process(target=run_script, args=arguments, daemon=True)     # daemon: no test leaves one behind
+        self.process = fork(run_script, script, argv, os.getcwd(), dict(os.environ), [file.name for file in self.files], pictures)
         self.process.start()
 
     def kill(self, number):
@@ -62,6 +67,10 @@ class Running:
     def ended(self):
         return not self.process.is_alive()
 
-    def wait(self):
-        self.process.join()
+    def wait(self, seconds=None):
+        """Its result; one that is not there after so many seconds is killed."""
+        self.process.join(seconds)
+        if not self.ended():
+            self.process.kill()
+            self.process.join()
         return subprocess.CompletedProcess([], self.process.exitcode, *[file.read() for file in self.files])

@@ -365,7 +365,7 @@ def test_a_first_attempt_by_the_base_is_context(monkeypatch):
     policy, ref = tiny(value_head=False), tiny(value_head=False).requires_grad_(False)
     author = {id(policy): 7, id(ref): 8}
 
-    def generate(gpt, prompts, max_new_tokens, temperature, group_size):
+    def generate(gpt, prompts, max_new_tokens, temperature, group_size, device):
         batch = score.pack([(prompt + [author[id(gpt)], 2], [False] * len(prompt) + [True] * 2) for prompt in prompts], gpt)
         return batch["tokens"], batch["response_mask"], -torch.ones(batch["response_mask"].shape)
 

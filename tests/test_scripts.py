@@ -33,12 +33,12 @@ DIFFERS = {"Args", "reward", "rollout", "loss_fn", "main", "attempt", "demonstra
 TINY = ["--train-size", "64", "--warmup-epochs", "2", "--warmup-batch-size", "8", "--iterations", "3", "--batch-size", "8",
         "--minibatch-size", "8", "--micro-batch-size", "4", "--max-new-tokens", "12", "--eval-size", "8", "--eval-every", "3",
         "--save-every", "1", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--device", "cpu"]
+MORE = {"score": ["--minibatch-size", "32"],                          # it takes the whole rollout in one step
+        "prl": ["--demonstrations", "64", "--samples", "8"]}
 
 
 def start(script, out, *flags, tiny=True, pictures=False):
-    own = {"score": ["--minibatch-size", "32"],                               # it takes the whole rollout in one step
-           "prl": ["--demonstrations", "64", "--samples", "8"]}
-    return Running(script, [str(flag) for flag in (*(TINY + own.get(script, []) if tiny else []), "--out", out, *flags)], pictures)
+    return Running(script, [str(flag) for flag in (*(TINY + MORE.get(script, []) if tiny else []), "--out", out, *flags)], pictures)
 
 
 def run(script, out, *flags, tiny=True, pictures=False):
@@ -548,6 +548,7 @@ def test_test_files_of_one_name_are_told_apart(tmp_path):
     (["--grad-clip", "0"], ["--grad-clip 0"]),
     (["--rerank"], ["--vote-k"]),
     (["--train-size", "0"], ["--train-size 0"]),
+    (["--shard"], ["--shard", "torchrun"]),
     (["--operations-low", "1", "--operations-high", "1", "--eval-size", "2000"], ["--operations-low", "found"]),
     (["--device", "cuda"], ["no GPU"]),
 ])
