@@ -845,7 +845,6 @@ def initial_policy(args):
         policy, tokenizer = load_checkpoint(find_model(args.model))
         GPT.compiled = args.compile and args.device == "cuda"
     else:
-        torch.set_num_threads(1)                                     # so small a one is no faster on more, and they change a run
         tokenizer = builtin_tokenizer(args)
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
                                max_len=512, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
@@ -1817,16 +1816,16 @@ def tell(moment, found, state, args):
     say(f"{which}, test: {numbers}\n  a response: {found['sample']!r}")
 
 
-def summarise(problems, state, args):
-    """The last line on the screen, and summary.json with what a results table needs."""
+def summarise(problems, state, args, by="accuracy"):
+    """The last lines on the screen, the first about the measure `by`, and summary.json with what a results table needs."""
     summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
     summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state, args))
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
     what, before, best = "evaluation", "", ""
     if not args.evaluate_only:
-        what, before = args.method, f"{state['before']['accuracy']:.3f} -> "
+        what, before = args.method, f"{state['before'][by]:.3f} -> "
         best = f" (dev {state['best']['accuracy']:.3f} at iteration {state['best']['iteration']})"
-    say(f"{what}: accuracy {before}{state['after']['accuracy']:.3f} on {problems} test problems{best}; {args.out}")
+    say(f"{what}: {by} {before}{state['after'][by]:.3f} on {problems} test problems{best}; {args.out}")
     rates = {"rollouts_per_second": "{} rollouts/s", "tokens_per_second": "{} tokens/s", "mfu": "MFU of the updates {:.1%}",
              "peak_gib": "peak {} GiB"}
     say("seconds: " + ", ".join(f"{name} {value}" for name, value in cost["phases"].items()) + "; "
