@@ -429,8 +429,7 @@ def trace_update(policy, ref, train, optimizer, iteration, state, tokenizer, arg
         traces, log = draw_traces(policy, batches, tokenizer, args)
         state["rows"] = trace_rows(traces, random.Random(f"{args.seed} {iteration}"), args)
         if args.method != "star-stage2":
-            base, _ = load_checkpoint(Path(args.out) / "warmup")     # not ref, whose matrices are rounded on a GPU
-            policy.load_state_dict(base.state_dict())
+            back_to_base(policy, args)
         optimizer.state.clear()
     log |= {"stage": stage_of(iteration, args), "kept": len(state["rows"])}
     total = math.ceil(args.sft_epochs * len(state["rows"]) / args.warmup_batch_size)
@@ -440,6 +439,13 @@ def trace_update(policy, ref, train, optimizer, iteration, state, tokenizer, arg
         return log
     schedule = replace(args, iterations=used, warmup_lr=args.lr)     # the learning rate is that of all methods
     return log | sft_update(policy, state["rows"], optimizer, iteration - start + 1, steps, schedule)
+
+
+def back_to_base(policy, args):
+    """Gives the policy the weights of the warm-up as they were saved: ref's matrices are rounded on a GPU."""
+    base, _ = load_checkpoint(Path(args.out) / "warmup")
+    spread([base], args)                                             # with --shard parts are copied to parts
+    policy.load_state_dict(base.state_dict())
 
 
 def offline_first(ref, problems, tokenizer, args):
