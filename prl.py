@@ -893,7 +893,7 @@ def announced(text, problem, strict=False):
 def in_form(text, problem, args):
     """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
     nothing else, behind the TRIGGER, or in a box too where --prompt or --system ask for one. A program has one form."""
-    if problem.get("header") or "gold" not in problem:
+    if getattr(args, "cot", "text") == "program" or "gold" not in problem:
         return True
     gold, boxes = problem["gold"], "\\boxed" in args.prompt + args.system
     found = last_box(text) if boxes else announced(text, problem, strict=True)
