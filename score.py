@@ -2090,7 +2090,7 @@ def evaluated(find, problems, args):
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
-    for name in "generate", "check":                                 # samples of the test problems
+    for name in "generate", "check", "score":                        # samples of the test problems
         COST["evaluate"], COST[name] = COST["evaluate"] + COST[name], 0.0
     event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
              {"event": "end", "best_iteration": state["best"]["iteration"]})
