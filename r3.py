@@ -148,7 +148,7 @@ class Args:
             raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many from 0 to 999, not all 0")
         if max(self.operations_high, self.operations_train) > STEPS:
             raise InputError(f"--operations-high, --operations-train: built-in problems have at most {STEPS} steps")
-        if self.cot == "program" and not self.train_data:
+        if self.cot == "program" and not (self.train_data or self.eval_data):
             raise InputError("--cot program needs --train-data: built-in problems have no programs")
         if self.cot == "program":
             run_programs([])                 # InputError where none can be run
