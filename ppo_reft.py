@@ -1069,7 +1069,7 @@ def announced(text, problem, strict=False):
 def in_form(text, problem, args):
     """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
     nothing else, behind the TRIGGER, or in a box too where --prompt or --system ask for one. A program has one form."""
-    if problem.get("header") or "gold" not in problem:
+    if getattr(args, "cot", "text") == "program" or "gold" not in problem:
         return True
     gold, boxes = problem["gold"], "\\boxed" in args.prompt + args.system
     found = last_box(text) if boxes else announced(text, problem, strict=True)
@@ -1833,7 +1833,7 @@ def evaluated(find, problems, args):
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
-    for name in "generate", "check":                                 # samples of the test problems
+    for name in "generate", "check", "score":                        # samples of the test problems
         COST["evaluate"], COST[name] = COST["evaluate"] + COST[name], 0.0
     event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
              {"event": "end", "best_iteration": state["best"]["iteration"]})

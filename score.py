@@ -429,8 +429,7 @@ def trace_update(policy, ref, train, optimizer, iteration, state, tokenizer, arg
         traces, log = draw_traces(policy, batches, tokenizer, args)
         state["rows"] = trace_rows(traces, random.Random(f"{args.seed} {iteration}"), args)
         if args.method != "star-stage2":
-            base, _ = load_checkpoint(Path(args.out) / "warmup")     # not ref, whose matrices are rounded on a GPU
-            policy.load_state_dict(base.state_dict())
+            back_to_base(policy, args)
         optimizer.state.clear()
     log |= {"stage": stage_of(iteration, args), "kept": len(state["rows"])}
     total = math.ceil(args.sft_epochs * len(state["rows"]) / args.warmup_batch_size)
@@ -440,6 +439,13 @@ def trace_update(policy, ref, train, optimizer, iteration, state, tokenizer, arg
         return log
     schedule = replace(args, iterations=used, warmup_lr=args.lr)     # the learning rate is that of all methods
     return log | sft_update(policy, state["rows"], optimizer, iteration - start + 1, steps, schedule)
+
+
+def back_to_base(policy, args):
+    """Gives the policy the weights of the warm-up as they were saved: ref's matrices are rounded on a GPU."""
+    base, _ = load_checkpoint(Path(args.out) / "warmup")
+    spread([base], args)                                             # with --shard parts are copied to parts
+    policy.load_state_dict(base.state_dict())
 
 
 def offline_first(ref, problems, tokenizer, args):
@@ -1319,7 +1325,7 @@ def announced(text, problem, strict=False):
 def in_form(text, problem, args):
     """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
     nothing else, behind the TRIGGER, or in a box too where --prompt or --system ask for one. A program has one form."""
-    if problem.get("header") or "gold" not in problem:
+    if getattr(args, "cot", "text") == "program" or "gold" not in problem:
         return True
     gold, boxes = problem["gold"], "\\boxed" in args.prompt + args.system
     found = last_box(text) if boxes else announced(text, problem, strict=True)
@@ -2083,7 +2089,7 @@ def evaluated(find, problems, args):
 def tell(moment, found, state, args):
     """What a test found "before" the training or "after" it, for the state, the log and the screen."""
     state[moment] = found
-    for name in "generate", "check":                                 # samples of the test problems
+    for name in "generate", "check", "score":                        # samples of the test problems
         COST["evaluate"], COST[name] = COST["evaluate"] + COST[name], 0.0
     event = ({"event": "warmup", "steps": state["warmup_steps"], "loss": state.get("loss")} if moment == "before" else
              {"event": "end", "best_iteration": state["best"]["iteration"]})

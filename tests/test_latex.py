@@ -158,6 +158,15 @@ def test_a_box_is_the_asked_form_where_one_is_asked_for(name):
     assert [script.in_form(text, problem, script.Args()) for text in texts] == [False, False, True]
 
 
+@pytest.mark.parametrize("name", ["ppo_reft", "r3", "score"])
+def test_only_programs_have_one_form(name):
+    """A start state of r3.py has lines of its demonstration as its header, and is no program."""
+    script, problem = SCRIPTS[name], {"gold": 18.0, "header": "9 + 9 = 18"}
+    program = dataclasses.replace(script.Args(), cot="program", train_data="x", eval_data="x")
+    assert [script.in_form(f"{script.ANSWER}{text}", problem, script.Args()) for text in ("18", "$18")] == [True, False]
+    assert script.in_form("    return 18", problem, program)
+
+
 def test_strict_accuracy_counts_right_answers_in_the_asked_form(monkeypatch):
     texts = f"so{A}18", f"so{A}$18", f"so{A}19"
 

@@ -663,3 +663,10 @@ def test_each_test_file_has_its_own_avg_and_pass(monkeypatch):
     assert [found[name] for name in ("avg@2", "a_avg@2", "b_avg@2")] == pytest.approx([0.5, 1, 0.25])
     assert [found[name] for name in ("pass@2", "a_pass@2", "b_pass@2")] == pytest.approx([2 / 3, 1, 0.5])
     assert (found["right"], found["a_right"], found["b_right"]) == ("2 1 0", "2", "1 0") and found["a_avg@2_95%"] == [1, 1]
+
+
+def test_scoring_samples_of_the_test_problems_counts_as_evaluation(monkeypatch, tmp_path):
+    monkeypatch.setattr(prl, "COST", dict.fromkeys(prl.COST, 1.0))
+    state = {"phases": dict.fromkeys(prl.PHASES, 0.0), "flops": 0.0, "warmup_steps": 1, "log_lines": 0}
+    prl.tell("before", {"sample": ""}, state, prl.Args(out=str(tmp_path)))
+    assert state["phases"] == {"generate": 0, "check": 0, "score": 0, "update": 1, "evaluate": 4, "save": 1}

@@ -243,6 +243,10 @@ def test_what_built_in_problems_cannot_be_is_refused(flags, words):
         dataclasses.replace(ARGS, **flags)
 
 
+def test_programs_are_tested_without_training_data():
+    assert dataclasses.replace(ARGS, cot="program", eval_data="x", evaluate_only=True).cot == "program"
+
+
 def test_a_record_is_of_either_form_and_its_answer_a_number():
     same = {"question": "How many?", "cot": "9 + 9 = 18", "answer": "18", "gold": 18.0}
     assert r3.parse_record({"question": "How many? ", "answer": "9 + 9 = 18\n#### 18"}, ARGS) == same

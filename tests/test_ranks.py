@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from model import load_checkpoint
 from processes import Running, fork
 from test_scripts import MORE, TINY, assert_same_run, lines_of, read_log, weights
 
@@ -261,7 +262,7 @@ def stored(out):
     folder = out / torch.load(out / "state.pt", weights_only=True)["shards"]
     dcp_to_torch_save(folder, out / "stored.pt")
     found = torch.load(out / "stored.pt")
-    moments = {f"{i} {name}": x for i, state in found.pop("moments").items() for name, x in state.items()}
+    moments = {f"{i} {name}": x for i, state in found.pop("moments", {}).items() for name, x in state.items()}
     return moments | {f"{part} {name}": x for part, weights in found.items() for name, x in weights.items()}
 
 
@@ -304,6 +305,14 @@ def test_weights_and_moments_are_the_same_for_another_number(folder, tmp_path):
     before, after = stored(folder / "sharded"), stored(tmp_path / "run")
     assert any("exp_avg" in name for name in after)
     close(after, before, 0)
+
+
+def test_rounds_of_star_begin_at_the_base_with_shard_too(tmp_path):
+    check(run("score", 1, tmp_path / "run", "--method", "star", "--shard", "--iterations", "2", "--rounds", "2"))
+    assert [record["kept"] for record in read_log(tmp_path / "run") if record["event"] == "iteration"] == [0, 0]
+    last = stored(tmp_path / "run")                                    # nothing was kept, so these are the base's weights
+    base = load_checkpoint(tmp_path / "run/warmup")[0].state_dict()
+    close({f"policy {name}": last[f"policy {name}"] for name in base}, {f"policy {name}": x for name, x in base.items()}, 0)
 
 
 def save_again(environment, out):
