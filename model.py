@@ -20,6 +20,7 @@ import math
 import os
 import re
 import unicodedata
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, cached_property, partial, reduce
@@ -1045,11 +1046,21 @@ def _parse(text: str, source) -> dict:
     return value
 
 
-def _write(path: Path, content: bytes):
-    """Whole or not at all: a kill in the middle leaves the old file."""
+@contextmanager
+def _becoming(path: Path):
+    """A file that becomes path when it is whole: a kill in the middle leaves the old one, and a full disc nothing beside it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, content: bytes):
+    with _becoming(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _hf_parts(c: GPTConfig, name: str, shape) -> list[tuple[str, tuple]]:
@@ -1262,8 +1273,7 @@ def _write_weights(path: Path, gpt: GPT, write: bool):
         header[part] = {"dtype": "F32", "shape": shape[::-1] if _is_transposed(part) else shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary if write else os.devnull, "wb") as file:
+    with _becoming(path) if write else nullcontext(os.devnull) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, p in parameters.items():
             p = whole(p)
@@ -1271,8 +1281,6 @@ def _write_weights(path: Path, gpt: GPT, write: bool):
                 for (part, _), tensor in zip(parts[name], p.float().cpu().split([shape[0] for _, shape in parts[name]])):
                     file.seek(8 + len(text) + header[part]["data_offsets"][0])
                     file.write((tensor.t() if _is_transposed(part) else tensor).contiguous().numpy())
-    if write:
-        os.replace(temporary, path)
 
 
 def save_checkpoint(folder, gpt: GPT, tokenizer: Tokenizer, write: bool = True):

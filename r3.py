@@ -273,7 +273,7 @@ def loss_fn(policy, critic, ref, args, micro, minibatch):
         reference = (sampled(ref, micro)[0], ref.head_weight) if args.kl == "exact" else ()
     logprobs, _, kl, _ = linear_stats(hidden, policy.head_weight, targets, *reference)
     logprobs = place(logprobs, mask)
-    values = place(critic.values(hidden if critic is policy else sampled(critic, micro)[0]), mask)
+    values = place(critic.values(hidden if critic is policy else sampled(critic, micro, head=False)[0]), mask)
 
     ratio = torch.where(mask, logprobs - micro["old_logprobs"], 0).exp()
     clipped_ratio = ratio.clamp(1 - args.clip_eps, 1 + args.clip_eps)
@@ -1244,11 +1244,12 @@ def micro_batches(batch, size):
         yield rows, micro
 
 
-def sampled(gpt, micro):
-    """Hidden states (N, C) in which the N tokens of response_mask were chosen, and those tokens (N,)."""
+def sampled(gpt, micro, head=True):
+    """Hidden states (N, C) in which the N tokens of response_mask were chosen, and those tokens (N,). head: whether the vocabulary
+    head follows, which a critic has no use for."""
     hidden, targets = gpt(micro["tokens"])[:, :-1][micro["response_mask"]], micro["tokens"][:, 1:][micro["response_mask"]]
     if torch.is_grad_enabled():
-        count_training(gpt, row_lengths(micro), len(targets))
+        count_training(gpt, row_lengths(micro), head * len(targets))
     return hidden, targets
 
 
@@ -1828,8 +1829,8 @@ def summarise(problems, state, args, by="accuracy"):
     say(f"{what}: {by} {before}{state['after'][by]:.3f} on {problems} test problems{best}; {args.out}")
     rates = {"rollouts_per_second": "{} rollouts/s", "tokens_per_second": "{} tokens/s", "mfu": "MFU of the updates {:.1%}",
              "peak_gib": "peak {} GiB"}
-    say("seconds: " + ", ".join(f"{name} {value}" for name, value in cost["phases"].items()) + "; "
-        + ", ".join(text.format(cost[name]) for name, text in rates.items() if cost.get(name)))
+    spent = ", ".join(f"{name} {value}" for name, value in cost["phases"].items())
+    say("; ".join(["seconds: " + spent, *(text.format(cost[name]) for name, text in rates.items() if cost.get(name))]))
 
 
 # ==== command line ============================================================================================================

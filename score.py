@@ -1527,11 +1527,12 @@ def micro_batches(batch, size):
         yield rows, micro
 
 
-def sampled(gpt, micro):
-    """Hidden states (N, C) in which the N tokens of response_mask were chosen, and those tokens (N,)."""
+def sampled(gpt, micro, head=True):
+    """Hidden states (N, C) in which the N tokens of response_mask were chosen, and those tokens (N,). head: whether the vocabulary
+    head follows, which a critic has no use for."""
     hidden, targets = gpt(micro["tokens"])[:, :-1][micro["response_mask"]], micro["tokens"][:, 1:][micro["response_mask"]]
     if torch.is_grad_enabled():
-        count_training(gpt, row_lengths(micro), len(targets))
+        count_training(gpt, row_lengths(micro), head * len(targets))
     return hidden, targets
 
 
@@ -2111,8 +2112,8 @@ def summarise(problems, state, args, by="accuracy"):
     say(f"{what}: {by} {before}{state['after'][by]:.3f} on {problems} test problems{best}; {args.out}")
     rates = {"rollouts_per_second": "{} rollouts/s", "tokens_per_second": "{} tokens/s", "mfu": "MFU of the updates {:.1%}",
              "peak_gib": "peak {} GiB"}
-    say("seconds: " + ", ".join(f"{name} {value}" for name, value in cost["phases"].items()) + "; "
-        + ", ".join(text.format(cost[name]) for name, text in rates.items() if cost.get(name)))
+    spent = ", ".join(f"{name} {value}" for name, value in cost["phases"].items())
+    say("; ".join(["seconds: " + spent, *(text.format(cost[name]) for name, text in rates.items() if cost.get(name))]))
 
 
 # ==== command line ============================================================================================================

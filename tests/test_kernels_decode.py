@@ -248,7 +248,7 @@ def test_bytes_of_a_decoding_step(rows, factor, monkeypatch):
         gpt = model.GPT(c)
         cache = torch.empty(30, 2, rows, 3, length, 64, dtype=torch.bfloat16)
         newest, alive, rope = torch.ones(rows, dtype=torch.long), torch.ones(rows, dtype=torch.bool), torch.empty(2, length, 64)
-    w = model.decoding_weights(gpt, torch.bfloat16)
+    w = model.decoding_weights(gpt, torch.bfloat16, torch.device("meta"))
     with torch.inference_mode(), BytesMoved() as counted:
         hidden = model.decode(c, w, newest, newest, alive, cache, tuple(rope), torch.bfloat16)
     floor = cache.nbytes + sum(weight.nbytes for block in w.blocks for weight in vars(block).values() if weight is not None)

@@ -1169,6 +1169,18 @@ def test_a_mixture_of_families_is_refused():
         GPTConfig(vocab_size=10, eos_id=0, norm="layer")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_full_disc_leaves_the_old_checkpoint_and_nothing_beside_it(name, tmp_path):
+    gpt, tokenizer = small_gpt(), Tokenizer.from_pieces(PIECES)
+    save_checkpoint(tmp_path, gpt, tokenizer)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+    gpt.embed.data += 1
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, gpt, tokenizer)
+    assert {file.name for file in tmp_path.iterdir()} == before.keys() and (tmp_path / name).read_bytes() == before[name]
+
+
 def test_only_the_listed_packages_are_imported():
     code = ("import sys, model; print(sorted({m.split('.')[0] for m in sys.modules} "
             "& {'transformers', 'tokenizers', 'triton', 'tqdm'}))")
