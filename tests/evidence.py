@@ -2,7 +2,7 @@
 
     python tests/evidence.py r3 --jobs 2                               all arms, seeds 100 to 115, two runs side by side
     python tests/evidence.py score --jobs 16 --minutes 9 --commit ID   on another machine, from a copy of the tree without .git
-    python tests/evidence.py r3 --seeds 300 --only base,r3-8 --out /tmp/pilot.json --runs /tmp/pilot
+    python tests/evidence.py r3 --seeds 300 --only base,r3-8 --out pilot.json --runs runs/pilot
 
 Arms run in the order of ARMS, the most telling first, each for all seeds before the next. All arms of a seed start from the
 warm-up of its run "base", those with --warmup-epochs of their own excepted. A run is one process with one thread. A row is that of
