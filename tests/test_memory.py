@@ -1,11 +1,15 @@
 """What training takes of memory, as it is said before; layers of which only the input is kept."""
+import math
 import re
 import resource
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import ppo_reft as reft
@@ -159,3 +163,61 @@ def test_a_checkpoint_is_written_in_the_memory_of_one_parameter(tmp_path):
     file = tmp_path / "model.safetensors"
     assert file.stat().st_size > 5e7 and int((tmp_path / "held").read_text()) < 0.2 * file.stat().st_size
     assert safetensors.torch.save(safetensors.torch.load_file(file), metadata={"format": "pt"}) == file.read_bytes()
+
+
+class Held(TorchDispatchMode):
+    """The bytes of tensors made while it is entered, at their height. On the meta device they are counted, and take no memory; there
+    a copy to the host stays a tensor of that device."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.height = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("device") == torch.device("cpu"):
+            kwargs = kwargs | {"device": "meta"}
+        made = function(*args, **kwargs)
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        for x in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+                self.storages[x.untyped_storage()._cdata] = StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes()
+        self.storages = {key: kept for key, kept in self.storages.items() if not kept[0].expired()}
+        self.height = max(self.height, sum(size for _, size in self.storages.values()))
+        return made
+
+
+def test_what_is_held_is_counted():
+    with Held() as held:
+        a = torch.zeros(100, device="meta")
+        b = a.view(10, 10) + 1
+        del a, b
+        c = torch.zeros(50, device="meta").cpu()
+    assert held.height == 800 and c.is_meta
+
+
+def test_7b_is_loaded_and_saved_in_1_2_times_its_file(tmp_path, monkeypatch):
+    """Counted on the meta device: a file in fp32, as training saves it, and one in bf16, whose weights become fp32."""
+    tokenizer = model.Tokenizer.from_pieces([chr(i) for i in range(33, 127)])
+    with torch.device("meta"):
+        gpt = GPT(qwen("7B"))
+    file = 4 * sum(p.numel() for p in gpt.parameters())
+    assert file == pytest.approx(30.5e9, rel=0.01)
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda x: b"")        # nothing to write
+    with Held() as held:
+        model.save_checkpoint(tmp_path, gpt, tokenizer)
+    assert 0 < held.height < 0.2 * file                              # on top of the weights, wherever they are
+
+    c, parts = gpt.config, {}
+    for name, p in gpt.state_dict().items():
+        parts |= dict(model._hf_parts(c, name, tuple(p.shape)))
+    for dtype in torch.float32, torch.bfloat16:
+        stored = SimpleNamespace(get_tensor=lambda name: torch.empty(parts[name], dtype=dtype, device="meta"))
+        with torch.device("meta"):
+            shapes = GPT(c)                                          # on the meta device in earnest: not counted
+        monkeypatch.setattr(model, "GPT", lambda c: shapes)
+        monkeypatch.setattr(model, "_open_weights", lambda folder: dict.fromkeys(parts, stored))
+        with Held() as held:
+            loaded, _ = model.load_checkpoint(tmp_path)
+        assert sum(math.prod(p.shape) for p in loaded.parameters()) * 4 == file
+        assert file <= held.height < 1.2 * file
