@@ -1760,8 +1760,10 @@ def finish_iteration(log, iteration, state, args):
     if state["flat"] and state["flat"] % 10 == 0:
         say(f"warning: {state['flat']} iterations in a row in which all outcomes that are compared were equal: there is nothing "
             "to learn from; look at the samples in log.jsonl")
-    if "dev_accuracy" in log:
+    drawn = state.setdefault("drawn", time.time())
+    if iteration == args.iterations or time.time() > drawn + 60:     # each minute: to draw takes longer than a small iteration
         plot(args)
+        state["drawn"] = time.time()
 
 
 PANELS = [["accuracy", "dev_accuracy", "contradictions"], ["t1", "t2", "dev_t1", "dev_t2"], ["outcome"], ["kl", "kl_k1"],
