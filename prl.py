@@ -119,7 +119,7 @@ class Args:
     ppo_epochs: int = 1              # passes over a rollout; authors' code: 1, so the ratio is 1 and nothing is clipped
     max_new_tokens: int = (24, 3072)  # longest response; authors' code: 3072
     lr: float = (1e-3, 1e-6)         # constant; authors' code: 1e-6 for pretrained 1B to 7B models
-    eta: float = (10.0, 100.0)       # 1 / eta weighs the KL; authors' code: 1, 100 (7B), 200 (3B)
+    eta: float = (3.0, 100.0)        # 1 / eta weighs the KL; authors' code: 1, 100 (7B), 200 (3B)
     steps: Literal["newline", "length", "token"] = "newline"    # what ends a step: a line break, --step-len tokens, each token
     step_len: int = (4, 256)         # tokens; paper: 16 to 256
     anchor: Literal["start", "end"] = "start"    # of the step, where S is taken: start (exact gradient), end (authors' code)

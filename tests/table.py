@@ -102,15 +102,34 @@ def value(row, metric):
     return row[moment][name] - (value(row, second) if second else 0)
 
 
+def frontier(points, low=0.95):
+    """The mean, over levels of accuracy from low to 1, of the best coverage that a point (accuracy, coverage) of at least this
+    accuracy has; 0 where there is none. So a form of regularisation is judged by all its settings at once."""
+    area, best, level = 0.0, 0.0, 1.0
+    for accuracy, coverage in sorted(points, reverse=True):          # the best of those that reach it, from the top down
+        area, level = area + best * (level - max(accuracy, low)), max(accuracy, low)
+        best = max(best, coverage)
+    return (area + best * (level - low)) / (1 - low)
+
+
 def differences(claim, rows):
     """{seed: claim["metric"] of arm "a" minus that of arm "b"} over the seeds that have both; without "b" the metric itself, and
-    with "a2" and "b2" minus the same difference of those."""
+    with "a2" and "b2" minus the same difference of those. A list of arms has one number, the frontier of two metrics."""
     by_arm = defaultdict(dict)
     for row in rows:
         by_arm[row["arm"]][row["seed"]] = row
-    signs = {claim[key]: sign for key, sign in (("a", 1), ("b", -1), ("a2", -1), ("b2", 1)) if key in claim}
-    seeds = set.intersection(*(set(by_arm[arm]) for arm in signs))
-    return {seed: sum(sign * value(by_arm[arm][seed], claim["metric"]) for arm, sign in signs.items()) for seed in sorted(seeds)}
+    sides = [(claim[key] if isinstance(claim[key], list) else [claim[key]], sign)
+             for key, sign in (("a", 1), ("b", -1), ("a2", -1), ("b2", 1)) if key in claim]
+    seeds = set.intersection(*(set(by_arm[arm]) for arms, _ in sides for arm in arms))
+
+    def number(arms, seed):
+        found = [by_arm[arm][seed] for arm in arms]
+        if claim["metric"].startswith("frontier "):
+            metrics = claim["metric"].removeprefix("frontier ").split(", ")
+            return frontier([[value(row, metric) for metric in metrics] for row in found])
+        return value(*found, claim["metric"])
+
+    return {seed: sum(sign * number(arms, seed) for arms, sign in sides) for seed in sorted(seeds)}
 
 
 def judge(claims, evidence):

@@ -60,6 +60,23 @@ def test_differences_are_paired_by_seed():
     assert close({"a": "a", "metric": "before.accuracy"}, {1: 0.1, 2: 0.1, 3: 0.1})
 
 
+def test_the_frontier_by_hand():
+    points = [(0.99, 0.3), (0.97, 0.5), (0.98, 0.2), (0.9, 0.8)]             # the third is below another, the fourth not accurate enough
+    assert table.frontier(points) == pytest.approx((0.3 * 0.02 + 0.5 * 0.02) / 0.05)
+    assert table.frontier([(1.0, 0.4), (1.0, 0.6)]) == pytest.approx(0.6) and table.frontier([(0.94, 1.0)]) == 0
+    levels = [0.95 + 0.05 * (i + 0.5) / 10000 for i in range(10000)]
+    best = [max((cover for accuracy, cover in points if accuracy >= level), default=0) for level in levels]
+    assert table.frontier(points) == pytest.approx(sum(best) / len(best), abs=1e-4)
+
+
+def test_frontiers_are_paired_by_seed():
+    rows = [{"arm": arm, "seed": seed, "before": {}, "after": {"x": x, "y": y + seed / 100}}
+            for arm, x, y in (("p", 0.99, 0.3), ("q", 0.96, 0.5), ("r", 0.98, 0.4)) for seed in range(3 if arm == "q" else 4)]
+    claim = {"a": ["p", "q"], "b": ["r"], "metric": "frontier x, y", "expect": ">"}
+    expected = (0.3 * 0.03 + 0.5 * 0.01 - 0.4 * 0.03) / 0.05         # the seed adds as much to both up to the level 0.98, then to p alone
+    assert table.differences(claim, rows) == pytest.approx({seed: expected + seed / 100 * 0.01 / 0.05 for seed in range(3)})
+
+
 def test_judging_counts_comparisons_and_names_seeds_that_fail_a_gate():
     claim = lambda script, **arms: {"script": script, **arms, "metric": "accuracy", "expect": ">"}
     gate = {"script": "r3", "arm": "a", "metric": "accuracy", "low": 0.5, "high": 1}
@@ -78,7 +95,8 @@ def test_judging_counts_comparisons_and_names_seeds_that_fail_a_gate():
 def test_claims_name_registered_arms_and_cover_the_four_pages():
     for entry in CLAIMS["claims"] + CLAIMS["gates"]:
         arms = evidence.ARMS.get(entry["script"], {})
-        assert all(entry[key] in arms for key in ("a", "b", "a2", "b2", "arm") if key in entry), entry
+        named = [entry[key] for key in ("a", "b", "a2", "b2", "arm") if key in entry]
+        assert arms.keys() >= set(sum([x if isinstance(x, list) else [x] for x in named], [])), entry
     ids = {paper: {c["id"] for c in CLAIMS["claims"] if c["paper"] == paper} for paper in ("ReFT", "R3", "SCoRe", "PRL")}
     assert ids == {paper: {f"C{i}" for i in range(1, n + 1)} for paper, n in (("ReFT", 10), ("R3", 8), ("SCoRe", 12), ("PRL", 8))}
 
@@ -88,7 +106,7 @@ def test_the_registration_lists_every_arm_comparison_and_gate():
     for script, arms in evidence.ARMS.items():
         section = text.partition(f"## {script}.py")[2].partition("\n## ")[0]
         listed = dict((arm, (int(seeds), flags))
-                      for arm, seeds, flags in re.findall(r"^\| `([\w-]+)` \| (\d+) \| `([^`]*)`", section, re.M))
+                      for arm, seeds, flags in re.findall(r"^\| `([\w.-]+)` \| (\d+) \| `([^`]*)`", section, re.M))
         assert listed == {arm: (seeds, flags or "-") for arm, (seeds, flags) in arms.items()}, script
         for claim in CLAIMS["claims"]:
             if claim["script"] == script and "a" in claim:
