@@ -7,12 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"           # before torch is imported: files that run side by side do not fight for the cores
+
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"      # before kernels are imported
-torch.set_num_threads(1)                      # files that run side by side do not fight for the cores
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 LONGEST = "test_scripts.py", "test_baselines.py"                     # begin first, so that no file is left over at the end
