@@ -179,16 +179,65 @@ def evidence():
             for path in sorted(ROOT.glob("results/evidence-*.json"))}
 
 
-MARKS = "<!-- claims: by `python tests/table.py --claims` -->\n", "\n<!-- end of claims -->"
+# what README's table of a script's arms shows: {heading: metric of a row}
+COLUMNS = {
+    "ppo_reft": {"warm-up": "before.accuracy", "after": "accuracy", "last checkpoint": "last_accuracy", "vote of 16": "vote_16",
+                 "reranked, of 16": "rerank_16"},
+    "r3": {"warm-up": "before.accuracy", "after": "accuracy", "last checkpoint": "last_accuracy"},
+    "score": {"t1": "t1", "t2": "t2", "delta": "delta", "c->i": "c->i", "changed": "changed", "t2 on the base's y1": "fixed_t2",
+              "t2, y1 of another question": "swapped_t2", "mended, shown": "mended_shown", "last t1": "last_t1", "last t2": "last_t2"},
+    "prl": {"avg@64": "last_avg@64", "hard avg@64": "last_hard_avg@64", "hard pass@8": "last_hard_pass@8",
+            "hard pass@64": "last_hard_pass@64", "chosen: avg@64": "avg@64", "hard pass@8 of it": "hard_pass@8"},
+}
+
+
+def cell(rows, metric):
+    """Mean and interval over the seeds in per cent; the range of the seeds where that would leave 0 to 100, or of fewer than 3."""
+    moment, name = ("before", metric[7:]) if metric.startswith("before.") else ("after", metric)
+    found = [row[moment][name] for row in rows if row[moment].get(name) is not None]
+    if not found:
+        return "-"
+    mean, signed = statistics.mean(found), min(found) < 0
+    half = T[len(found)] * statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 2 else math.inf
+    if signed or 0 <= mean - half and mean + half <= 1:
+        return interval(found)
+    return f"{100 * mean:.1f} ({100 * min(found):.1f} to {100 * max(found):.1f})" if len(found) > 1 else f"{100 * mean:.1f}"
+
+
+def arm_rows(script, rows):
+    """README's table of the arms of a script, in Markdown."""
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    lines = ["| arm | seeds | " + " | ".join(COLUMNS[script]) + " |", "|---" * (len(COLUMNS[script]) + 2) + "|"]
+    for arm in arms:
+        mine = [row for row in rows if row["arm"] == arm]
+        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cell(mine, metric) for metric in COLUMNS[script].values()) + " |")
+    return "\n".join(lines)
+
+
+def marks(name):
+    """What stands before and behind a table in README that `write_claims` makes."""
+    return f"<!-- {name}: by `python tests/table.py --claims` -->\n", f"\n<!-- end of {name} -->"
 
 
 def write_claims():
-    """results/claims.json and README's table of claims, anew."""
+    """results/claims.json, the figures of the registered runs, and README's tables of claims and of arms, anew."""
     path, readme = ROOT / "results/claims.json", ROOT / "README.md"
-    claims, text = judge(json.loads(path.read_text()), evidence()), readme.read_text()
+    rows, text = evidence(), readme.read_text()
+    claims = judge(json.loads(path.read_text()), rows)
     path.write_text(json.dumps(claims, indent=1) + "\n")
-    before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
-    readme.write_text(before + MARKS[0] + claim_rows(claims) + MARKS[1] + after)
+    made = {"claims": claim_rows(claims)} | {script: arm_rows(script, found) for script, found in rows.items()}
+    for name, table in made.items():
+        first, last = marks(name)
+        before, after = text.partition(first)[0], text.partition(last)[2]
+        text = before + first + table + last + after
+    readme.write_text(text)
+    for script, found in rows.items():
+        picture = ROOT / f"results/evidence-{script}.png"
+        if script == "prl":
+            plot_frontier(found, picture)
+        else:
+            arms = list(dict.fromkeys(row["arm"] for row in found if len(row["dev"]) > 1))[:6]
+            plot_curves({arm: [row for row in found if row["arm"] == arm] for arm in arms}, picture)
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------------------
@@ -201,8 +250,29 @@ def plot_curves(groups, path):
             xs = [x for x, _ in runs[0]["dev"]]
             columns = list(zip(*([y for _, y in r["dev"]] for r in runs)))
             line, = axes.plot(xs, [statistics.mean(c) for c in columns], label=f"{name} ({len(runs)} seeds)")
-            axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.2)
+            axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.1)
+            for run in runs:                                         # a mean of seeds that learn and seeds that do not is neither
+                axes.plot(*zip(*run["dev"]), color=line.get_color(), linewidth=0.5, alpha=0.5)
     axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def plot_frontier(rows, path):
+    """Accuracy against coverage of the last checkpoints, the mean of the seeds, a line for each form of the KL through its
+    settings, from the weakest to the strongest."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for i, k in enumerate((8, 64)):
+        axes = figure.add_subplot(1, 2, i + 1, xlabel="avg@64 on problems like the training's", ylabel=f"hard pass@{k}")
+        for form in "base", "grpo", "raft", "prl", "loss", "reward":
+            arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.partition("-")[0] == form]
+            arms.sort(key=lambda arm: float(arm.partition("-")[2] or 0), reverse=form != "loss")
+            points = [[statistics.mean(row["after"][metric] for row in rows if row["arm"] == arm)
+                       for metric in ("last_avg@64", f"last_hard_pass@{k}")] for arm in arms]
+            if points:
+                axes.plot(*zip(*points), marker="o", label=form)
+                for arm, point in zip(arms, points):
+                    axes.annotate(arm.partition("-")[2], point, fontsize="small")
+        axes.legend()
     figure.savefig(path, dpi=100)
 
 

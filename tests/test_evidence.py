@@ -120,9 +120,21 @@ def test_the_registration_lists_every_arm_comparison_and_gate():
 def test_readme_and_claims_say_what_the_rows_say():
     judged = table.judge(json.loads(json.dumps(CLAIMS)), table.evidence())
     assert judged == CLAIMS                                          # else run python tests/table.py --claims
-    text = (ROOT / "README.md").read_text()
-    assert text.count(table.MARKS[0]) == text.count(table.MARKS[1]) == 1
-    assert text.partition(table.MARKS[0])[2].partition(table.MARKS[1])[0] == table.claim_rows(CLAIMS)
+    text, rows = (ROOT / "README.md").read_text(), table.evidence()
+    tables = {"claims": table.claim_rows(CLAIMS)} | {script: table.arm_rows(script, found) for script, found in rows.items()}
+    for name, made in tables.items():
+        first, last = table.marks(name)
+        assert text.count(first) == text.count(last) == 1
+        assert text.partition(first)[2].partition(last)[0] == made
+
+
+def test_a_cell_near_0_or_100_gives_the_range_of_the_seeds():
+    rows = lambda *values: [{"before": {"accuracy": 0.5}, "after": {"x": x}} for x in values]
+    assert table.cell(rows(0.5, 0.6, 0.7), "x") == "60.0 ± 24.8"                               # t 4.303, s 10, root of 3
+    assert table.cell(rows(0.9, 1.0, 0.2), "x") == "70.0 (20.0 to 100.0)"
+    assert table.cell(rows(0.5, 0.6), "x") == "55.0 (50.0 to 60.0)" and table.cell(rows(0.5), "x") == "50.0"
+    assert table.cell(rows(-0.1, 0.0, 0.1), "x") == "0.0 ± 24.8"
+    assert table.cell(rows(None, None), "x") == table.cell(rows(1), "y") == "-" and table.cell(rows(1), "before.accuracy") == "50.0"
 
 
 def test_rows_that_count_are_of_one_clean_commit():
