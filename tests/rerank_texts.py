@@ -1,4 +1,4 @@
-"""Why a best-of-16 reranker falls short after ReFT: its samples by question, as texts (README, "Voting and reranking").
+"""Why a best-of-16 reranker falls short after ReFT: its samples by question, as texts (README, ReFT's results).
 
     python tests/rerank_texts.py RUN_FOLDER [--out results/rerank-texts.json]
 
