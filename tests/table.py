@@ -8,7 +8,7 @@ Runs whose folders are called the same but for "-s<seed>" form a row; each numbe
 (Student's t), in per cent; with --minus the differences to the runs NAME, seed by seed. --out keeps the summaries, one list, as
 the raw data behind the table; --plot draws dev accuracy over the iterations, the mean over seeds and the range; --plot-pass draws
 pass@k against k, before training and after it. `first_...` of a row is of the rollouts before any update, `last_...` the mean over
-the last five iterations.
+the last five iterations; but `last_...` among what a row has under "after" is a test of the last checkpoint.
 
 --claims judges the claims of results/claims.json by the raw rows in results/evidence-*.json (made by tests/evidence.py), writes
 what was found beside them, and from there README's tables between its marks. A verdict is verdict()'s, never a person's.
@@ -27,6 +27,7 @@ T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.2
                     2.201, 2.179, 2.160, 2.145, 2.131), 2))   # 97.5 % points
 HIDDEN = ("response_length", "unparsed", "truncated")
 MARGIN = 0.03                                            # of a claim that two are equal
+TIE = 1e-6                                               # shares of problems that are equal, one of them rounded to fp32
 ROOT = Path(__file__).parent.parent
 
 
@@ -73,7 +74,7 @@ def row(name, runs, show, minus):
 
 def sign_test(differences):
     """Two-sided p of as lopsided a split into above and below 0, if both were equally likely; zeros are left out."""
-    above, n = sum(d > 0 for d in differences), sum(d != 0 for d in differences)
+    above, n = sum(d > TIE for d in differences), sum(abs(d) > TIE for d in differences)
     tail = sum(math.comb(n, k) for k in range(max(above, n - above), n + 1)) / 2 ** n
     return min(1.0, 2 * tail)
 
@@ -91,7 +92,7 @@ def verdict(differences, expect):
     else:
         above, below = low > 0 and p <= 0.05, high < 0 and p <= 0.05
         shown, contradicted = (above, below) if expect == ">" else (below, above)
-    return {"seeds": n, "mean": mean, "low": low, "high": high, "above": sum(d > 0 for d in differences), "p": p,
+    return {"seeds": n, "mean": mean, "low": low, "high": high, "above": sum(d > TIE for d in differences), "p": p,
             "verdict": "shown" if shown else "contradicted" if contradicted else "not shown"}
 
 
@@ -153,21 +154,31 @@ def judge(claims, evidence):
     return claims
 
 
+def registered(claim):
+    """How many seeds are registered for a claim: as many as the fewest of its arms."""
+    from evidence import ARMS                                        # which imports this file
+    sides = [claim[key] for key in ("a", "b", "a2", "b2") if key in claim]
+    return min(ARMS[claim["script"]][arm][0] for side in sides for arm in (side if isinstance(side, list) else [side]))
+
+
 def claim_rows(claims):
-    """README's table of claims and the line of its gates, in Markdown."""
+    """README's table of claims and the line of its gates, in Markdown. A verdict on a part of the registered seeds says so."""
     def number(claim, name):
         return f"{100 * claim['found'][name]:.1f}"
 
     lines = ["| paper | claim | the paper's number | ours, points (95 %) | seeds above 0, p | verdict | comparisons |",
              "|---" * 7 + "|"]
     for claim in claims["claims"]:
-        ours = signs = "-"
+        ours, signs, judged = "-", "-", claim["found"]["verdict"]
         if "mean" in claim["found"]:
             ours = f"{claim['compared']}: {number(claim, 'mean')} ({number(claim, 'low')} to {number(claim, 'high')})"
             signs = f"{claim['found']['above']} of {claim['found']['seeds']}, {claim['found']['p']:.2g}"
+            if claim["found"]["seeds"] < registered(claim):
+                judged += f" on {claim['found']['seeds']} of {registered(claim)} seeds"
         lines.append(f"| {claim['paper']} {claim['id']} | {claim['claim']} | {claim['paper_number']} | {ours} | {signs} | "
-                     f"{claim['found']['verdict']} | {claim['found'].get('comparisons', '-')} |")
-    failed = [f"{gate['name']}: seeds {', '.join(map(str, gate['found']['failed']))}"
+                     f"{judged} | {claim['found'].get('comparisons', '-')} |")
+    failed = [f"{gate['name']}: {len(gate['found']['failed'])} of {gate['found']['seeds']} seeds "
+              f"({', '.join(map(str, gate['found']['failed']))})"
               for gate in claims["gates"] if gate["found"]["failed"]]
     tried = sum(gate["found"]["seeds"] > 0 for gate in claims["gates"])
     return "\n".join(lines + ["", f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {'; '.join(failed) or 'none'}."])
@@ -192,14 +203,15 @@ COLUMNS = {
 
 
 def cell(rows, metric):
-    """Mean and interval over the seeds in per cent; the range of the seeds where that would leave 0 to 100, or of fewer than 3."""
+    """Mean and interval over the seeds in per cent; the range of the seeds where that would leave 0 to 100, where a seed is above
+    98, which an interval of means would hide, or of fewer than 3."""
     moment, name = ("before", metric[7:]) if metric.startswith("before.") else ("after", metric)
     found = [row[moment][name] for row in rows if row[moment].get(name) is not None]
     if not found:
         return "-"
     mean, signed = statistics.mean(found), min(found) < 0
     half = T[len(found)] * statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 2 else math.inf
-    if signed or 0 <= mean - half and mean + half <= 1:
+    if signed or 0 <= mean - half and mean + half <= 1 and max(found) <= 0.98:
         return interval(found)
     return f"{100 * mean:.1f} ({100 * min(found):.1f} to {100 * max(found):.1f})" if len(found) > 1 else f"{100 * mean:.1f}"
 

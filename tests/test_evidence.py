@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import evidence
 import r3
@@ -26,6 +27,8 @@ def test_sign_test():
     assert table.sign_test([1] * 13 + [-1] * 3) == pytest.approx(0.021271, abs=1e-6)           # by hand: 2 * 697 / 2^16
     assert table.sign_test([1] * 8 + [-1] * 8) == 1 and table.sign_test([0, 0, 0]) == 1
     assert table.sign_test([0] * 9 + [1] * 5) == 2 / 32                                        # zeros say nothing
+    fp32 = torch.tensor(0.996).item() - 0.996                        # as of vote_16, a mean in fp32, and accuracy, one of Python
+    assert fp32 != 0 and table.sign_test([fp32] * 9 + [1] * 5) == 2 / 32 and table.verdict([fp32, 0.1], ">")["above"] == 1
 
 
 def test_the_interval_is_students():
@@ -92,6 +95,19 @@ def test_judging_counts_comparisons_and_names_seeds_that_fail_a_gate():
     assert judged["gates"][1]["found"] == {"seeds": 8, "failed": [6, 7]}
 
 
+def test_a_verdict_on_a_part_of_the_seeds_says_so():
+    claim = {"script": "r3", "paper": "R3", "id": "C1", "claim": "c", "paper_number": "-", "compared": "d", "a": "r3-8", "b": "rl-12",
+             "metric": "accuracy", "expect": ">"}
+    gate = {"script": "r3", "name": "g", "arm": "r3-8", "metric": "accuracy", "low": 0, "high": 0.5}
+
+    def made(seeds):
+        rows = rows_of(r3_8={seed: 0.9 for seed in range(seeds)}, rl_12={seed: 0.1 for seed in range(seeds)})
+        return table.claim_rows(table.judge({"claims": [dict(claim)], "gates": [dict(gate)]}, {"r3": rows}))
+
+    assert "| shown on 6 of 8 seeds | 1 |" in made(6) and "g: 6 of 6 seeds (0, 1, 2, 3, 4, 5)" in made(6)
+    assert "| shown | 1 |" in made(8)                                # so many are registered for rl-12
+
+
 # ---- what is written down ----------------------------------------------------------------------------------------------------
 
 def test_claims_name_registered_arms_and_cover_the_four_pages():
@@ -132,6 +148,7 @@ def test_a_cell_near_0_or_100_gives_the_range_of_the_seeds():
     rows = lambda *values: [{"before": {"accuracy": 0.5}, "after": {"x": x}} for x in values]
     assert table.cell(rows(0.5, 0.6, 0.7), "x") == "60.0 ± 24.8"                               # t 4.303, s 10, root of 3
     assert table.cell(rows(0.9, 1.0, 0.2), "x") == "70.0 (20.0 to 100.0)"
+    assert table.cell(rows(*[1.0] * 12, *[0.1] * 4), "x") == "77.5 (10.0 to 100.0)"            # 77.5 ± 21.5 would be no seed's
     assert table.cell(rows(0.5, 0.6), "x") == "55.0 (50.0 to 60.0)" and table.cell(rows(0.5), "x") == "50.0"
     assert table.cell(rows(-0.1, 0.0, 0.1), "x") == "0.0 ± 24.8"
     assert table.cell(rows(None, None), "x") == table.cell(rows(1), "y") == "-" and table.cell(rows(1), "before.accuracy") == "50.0"
