@@ -298,22 +298,27 @@ def generation(args):
         return {"tokens_per_s": rows * NEW / seconds, "ms_a_step": 1e3 * seconds / NEW, "floor_ms": 1e3 * floor,
                 "share_of_floor": floor * NEW / seconds}
 
-    for who, measure, package in (("", ours, None), (", transformers", theirs, "transformers")):
+    # what decides first, should the time end: both beside each other at the middle size, then ours, then the rest of theirs
+    sides, middle = {"": (ours, None), ", transformers": (theirs, "transformers")}, BATCHES[len(BATCHES) // 2]
+    others = [rows for rows in BATCHES if rows != middle]
+    for whose, sizes in ((sides, [middle]), ([""], others), ([", transformers"], others)):
         for shape in SHAPES:
             gpt, _ = random_model(shape)
-            for rows in BATCHES:
-                attempt(f"{shape}, {rows} rows{who}", measure, gpt, random_prompts(rows // GROUP, shape), package=package)
+            for rows in sizes:
+                for who in whose:
+                    measure, package = sides[who]
+                    attempt(f"{shape}, {rows} rows{who}", measure, gpt, random_prompts(rows // GROUP, shape), package=package)
 
 
 def iteration(args):
     _, peak = ceilings()
-    shapes = list(SHAPES)[:2]
-    for shape in shapes:
-        for script in ("ppo_reft", "prl"):
-            attempt(f"{shape}, {script}.py", our_iteration, script, shape, peak, True)
-        attempt(f"{shape}, prl.py --no-compile", our_iteration, "prl", shape, peak, False)
-    for shape in shapes:
+    shapes = list(SHAPES)[:2][::-1]
+    for shape in shapes:                                             # the two that are compared first
+        attempt(f"{shape}, prl.py", our_iteration, "prl", shape, peak, True)
         attempt(f"{shape}, TRL's GRPO trainer", trl_iteration, shape, package="trl")
+    for shape in shapes:
+        attempt(f"{shape}, ppo_reft.py", our_iteration, "ppo_reft", shape, peak, True)
+        attempt(f"{shape}, prl.py --no-compile", our_iteration, "prl", shape, peak, False)
 
 
 def our_iteration(name, shape, peak, compiled):
