@@ -284,9 +284,9 @@ def training_memory(c: GPTConfig, tokens: int, cached: int, trained=1, checkpoin
     """Bytes that a process needs to train a GPT in fp32 with AdamW beside a frozen reference, by what they are for: micro-batches
     of so many tokens, padding included, and rollouts of which so many tokens are cached at a time. trained: models, 2 with a critic
     of its own. mixed: products in bf16, as on a GPU; then "copies" are the weights in bf16. shards: processes over which FSDP
-    spreads what it can; "gathered" is what of that is whole at a time. "update" and "rollout" are the sums that are needed
-    together. The activations are what autograd keeps, counted, and a layer's worth of gradients; what CUDA takes for itself
-    comes on top.
+    spreads what it can; "gathered" is what of that is whole at a time. "least" is what has to fit together, of an update or of a
+    rollout, whose cache may be cut in pieces. The activations are what autograd keeps, counted, and a layer's worth of gradients;
+    what CUDA takes for itself comes on top.
     """
     with torch.device("meta"):
         gpt = GPT(c)
@@ -307,8 +307,7 @@ def training_memory(c: GPTConfig, tokens: int, cached: int, trained=1, checkpoin
              "cache": cached * c.n_layer * 2 * c.n_kv_head * c.head_dim * width, "activations": trained * tokens * kept + head}
     always = found["weights"] + found["optimiser"] + found["reference"] + found["gathered"]
     in_use = copies / c.n_layer if spread and checkpointed else copies              # by the layers of a forward pass
-    return found | {"update": always + found["gradients"] + in_use + found["activations"],
-                    "rollout": always + found["copies"] + found["cache"]}
+    return found | {"least": always + max(found["gradients"] + in_use + found["activations"], found["copies"])}
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
