@@ -584,6 +584,24 @@ def judged(problems, where, args):
     return [problem for problem, fail in zip(problems, fails) if not fail]
 
 
+def measures(data, answers):
+    """{name: a number for each response} of what training and evaluation both log."""
+    return {"accuracy": (data["outcomes"] == 1).tolist(), "strict_accuracy": data["strict"].tolist(),
+            "unparsed": [answer is None for answer in answers],
+            "truncated": (~data["ended"]).tolist(), "response_length": data["response_mask"].sum(1).tolist()}
+
+
+def sampler_gap(data):
+    """Mean and largest |log-prob at sampling - recomputed| of the sampled tokens: generation rounds in another order."""
+    gap = (data.pop("sampled_logprobs") - data["old_logprobs"])[data["response_mask"]].abs()
+    return {"sampler_gap": gap.mean(), "sampler_gap_max": gap.max()}
+
+
+def masked_mean(x, mask):
+    """Mean of x over the True places of mask."""
+    return torch.where(mask, x, 0).sum() / mask.sum()
+
+
 def attempt(policy, problems, tokenizer, args, temperature):
     """What one response to each problem gives, {name: a number for each problem}, and the text of the first."""
     data, texts, answers = respond(policy, problems, tokenizer, args, temperature)
@@ -1132,7 +1150,7 @@ def count_training(gpt, lengths, sampled):
     COST["flops"] = COST["flops"] + 6.0 * (blocks * lengths.sum() + c.vocab_size * c.n_embd * sampled + attended).double()
 
 
-def bill(state, args):
+def bill(state):
     """What a run cost, for its summary: rates of the training, seconds by phase of all of it; of a GPU that is known the share of
     its peak in the updates, and the highest memory in use. Of several processes time and memory are the first one's."""
     seconds, update = max(state["seconds"], 1e-9), state["phases"]["update"]
@@ -1176,13 +1194,6 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
 def response_ids(data):
     """The sampled ids of each row."""
     return [row[chosen].tolist() for row, chosen in zip(data["tokens"][:, 1:].cpu(), data["response_mask"].cpu())]
-
-
-def measures(data, answers):
-    """{name: a number for each response} of what training and evaluation both log."""
-    return {"accuracy": (data["outcomes"] == 1).tolist(), "strict_accuracy": data["strict"].tolist(),
-            "unparsed": [answer is None for answer in answers],
-            "truncated": (~data["ended"]).tolist(), "response_length": data["response_mask"].sum(1).tolist()}
 
 
 def means(found):
@@ -1274,11 +1285,6 @@ def place(x, response_mask):
     return torch.zeros(response_mask.shape, dtype=x.dtype, device=x.device).masked_scatter(response_mask, x)
 
 
-def masked_mean(x, mask):
-    """Mean of x over the True places of mask."""
-    return torch.where(mask, x, 0).sum() / mask.sum()
-
-
 def autocast(tokens):
     """bf16 matrix products on a GPU, plain fp32 on a CPU."""
     return torch.autocast("cuda", torch.bfloat16, cache_enabled=not GPT.sharded) if tokens.is_cuda else nullcontext()
@@ -1300,12 +1306,6 @@ def token_stats(policy, ref, data, args, critic=None):
             whole = stats.setdefault(name, torch.zeros(mask.shape, device=mask.device))
             whole[rows, :micro["response_mask"].shape[1]] = place(x.float(), micro["response_mask"])
     return {name: summed(x) for name, x in stats.items()}
-
-
-def sampler_gap(data):
-    """Mean and largest |log-prob at sampling - recomputed| of the sampled tokens: generation rounds in another order."""
-    gap = (data.pop("sampled_logprobs") - data["old_logprobs"])[data["response_mask"]].abs()
-    return {"sampler_gap": gap.mean(), "sampler_gap_max": gap.max()}
 
 
 def adamw(modules, lr):
@@ -1663,10 +1663,10 @@ def load_run(modules, optimizer, weights, state, args):
     import torch.distributed.checkpoint as dcp
     folder = Path(args.out) / state["shards"]
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata            # "moments.7.exp_avg" and the like
-    known = {key.split(".")[1] for key in stored if key.startswith("moments.")}
+    known = {int(key.split(".")[1]) for key in stored if key.startswith("moments.")}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {int(i): {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameters[int(i)]),
-                        "exp_avg_sq": torch.zeros_like(parameters[int(i)])} for i in known}
+    moments = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameters[i]),
+                   "exp_avg_sq": torch.zeros_like(parameters[i])} for i in known}
     dcp.load({name: part.state_dict() for name, part in modules.items()} | {"moments": moments}, checkpoint_id=folder)
     optimizer.load_state_dict({"state": moments, "param_groups": weights["param_groups"]})
 
@@ -1827,7 +1827,7 @@ def tell(moment, found, state, args):
 def summarise(problems, state, args, by="accuracy"):
     """The last lines on the screen, the first about the measure `by`, and summary.json with what a results table needs."""
     summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
-    summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state, args))
+    summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state))
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
     what, before, best = "evaluation", "", ""
     if not args.evaluate_only:

@@ -667,7 +667,7 @@ def test_seconds_by_phase(tmp_path, capsys):
     assert record["phases"]["generate"] == record["phases"]["check"] == record["phases"]["score"] == record["phases"]["save"] == 0
     assert 0.1 <= record["phases"]["evaluate"] < 0.2 and 0.02 <= record["phases"]["update"] < record["seconds"] - 0.009 < 0.1
     assert record["tokens_per_second"] == pytest.approx(6 / record["seconds"], rel=1e-4)
-    bill = reft.bill(state, reft.Args())
+    bill = reft.bill(state)
     assert bill["rollouts_per_second"] == pytest.approx(2 / record["seconds"], rel=0.01) and "mfu" not in bill
 
 
@@ -712,7 +712,7 @@ def test_flops_of_an_update_and_the_share_of_the_peak(checkpoint, monkeypatch):
                        "NVIDIA GH200 480GB": None, "NVIDIA L4": 121e12}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
         busy = state | {"peak_gib": 1.2345, "flops": 989e12, "phases": state["phases"] | {"update": 2.0}}
-        bill = reft.bill(busy, reft.Args())
+        bill = reft.bill(busy)
         assert bill["peak_gib"] == 1.23 and bill.get("mfu") == (peak and round(989e12 / 2 / peak, 4))
 
 
