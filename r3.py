@@ -697,7 +697,7 @@ def printed_value(session, program):
 # ==== the same in all four scripts from here on: problems =====================================================================
 
 def builtin_problems(n, low, high, seed, args, without=()):
-    """n problems of low to high operations, the same for a seed, that ask no question of `without`; InputError if too few do."""
+    """n problems of low to high operations, the same for a seed, without the questions of `without`; InputError if too few."""
     rng, taken = random.Random(seed), {p["question"] for p in without}
     made = (builtin_problem(rng, rng.randint(low, high), args) for _ in range(101 * n))
     problems = list(itertools.islice((p for p in made if p["question"] not in taken), n))
