@@ -119,6 +119,18 @@ def test_equation_table(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_is_there_that_the_script_does_not_use(script):
+    """Every import, function and constant, in the shared block as well."""
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    bound = {node.id for top in tree.body if isinstance(top, ast.Assign) for node in ast.walk(top)
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    bound |= {(alias.asname or alias.name).split(".")[0] for top in tree.body if isinstance(top, (ast.Import, ast.ImportFrom))
+              for alias in top.names}
+    assert sorted((bound | definitions(script).keys()) - loaded) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_imports(script):
     allowed = set(sys.stdlib_module_names) | {"torch", "model", "kernels", "tqdm", "filelock"}
     late = allowed | {"matplotlib", "pydantic_monty", "rapidfuzz", "huggingface_hub", "jinja2"}           # only some runs need them
