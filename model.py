@@ -284,9 +284,9 @@ def training_memory(c: GPTConfig, tokens: int, cached: int, trained=1, checkpoin
     """Bytes that a process needs to train a GPT in fp32 with AdamW beside a frozen reference, by what they are for: micro-batches
     of so many tokens, padding included, and rollouts of which so many tokens are cached at a time. trained: models, 2 with a critic
     of its own. mixed: products in bf16, as on a GPU; then "copies" are the weights in bf16. shards: processes over which FSDP
-    spreads what it can; "gathered" is what of that is whole at a time. "update" and "rollout" are the sums that are needed
-    together. The activations are what autograd keeps, counted, and a layer's worth of gradients; what CUDA takes for itself
-    comes on top.
+    spreads what it can; "gathered" is what of that is whole at a time. "least" is what has to fit together, of an update or of a
+    rollout, whose cache may be cut in pieces. The activations are what autograd keeps, counted, and a layer's worth of gradients;
+    what CUDA takes for itself comes on top.
     """
     with torch.device("meta"):
         gpt = GPT(c)
@@ -307,8 +307,7 @@ def training_memory(c: GPTConfig, tokens: int, cached: int, trained=1, checkpoin
              "cache": cached * c.n_layer * 2 * c.n_kv_head * c.head_dim * width, "activations": trained * tokens * kept + head}
     always = found["weights"] + found["optimiser"] + found["reference"] + found["gathered"]
     in_use = copies / c.n_layer if spread and checkpointed else copies              # by the layers of a forward pass
-    return found | {"update": always + found["gradients"] + in_use + found["activations"],
-                    "rollout": always + found["copies"] + found["cache"]}
+    return found | {"least": always + max(found["gradients"] + in_use + found["activations"], found["copies"])}
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -687,10 +686,6 @@ def _cut_out(text: str, finder, special=False):
     yield text[done:]
 
 
-def _text_of(token):
-    return token["content"] if isinstance(token, dict) else token
-
-
 class Tokenizer:
     """BPE over bytes, or over characters with bytes for those that the vocabulary lacks (Llama 2), with the ids of the
     checkpoint's own tokenizer on any text.
@@ -706,7 +701,7 @@ class Tokenizer:
         self.model_vocab_size = math.inf                # how many ids the model has, set by load_checkpoint
         self._piece_ids = cache(self._encode_piece)     # texts have few different pieces
         spec = _parse(files["tokenizer.json"], source)
-        settings = _parse(files.get("tokenizer_config.json", "{}"), Path(source).with_name("tokenizer_config.json"))
+        self._settings = _parse(files.get("tokenizer_config.json", "{}"), Path(source).with_name("tokenizer_config.json"))
         try:
             self._read_normalizer(spec.get("normalizer"))
             self._read_model(spec["model"])
@@ -714,8 +709,10 @@ class Tokenizer:
             self._read_added(spec.get("added_tokens") or [])
             self.bos_ids = self._first_ids(spec.get("post_processor"))
             self.max_id = max(self._usable)             # of all that encode can give
-            self.eos_id, self.pad_id = (self._id_of(settings.get(name)) for name in ("eos_token", "pad_token"))
-            self._named = {name: _text_of(settings[name]) for name in NAMED if settings.get(name)}
+            self._named = {name: token["content"] if isinstance(token, dict) else token
+                           for name in NAMED if (token := self._settings.get(name))}
+            texts = map(self._named.get, ("eos_token", "pad_token"))
+            self.eos_id, self.pad_id = (self._added.get(text, self._vocab.get(text)) for text in texts)
         except InputError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
@@ -878,10 +875,6 @@ class Tokenizer:
             self._refuse("an id that is not a whole number")
         return first
 
-    def _id_of(self, token):
-        text = _text_of(token)
-        return self._added.get(text, self._vocab.get(text))
-
     def encode_prompt(self, text: str) -> list[int]:
         """bos_ids, then the text: what a row starts with. Raises InputError if the model has no embedding for a BOS."""
         if max(self.bos_ids, default=0) >= self.model_vocab_size:
@@ -928,13 +921,11 @@ class Tokenizer:
 
     @cached_property
     def _chat_template(self) -> str:
-        folder = Path(self.source).parent
-        settings = _parse(self.files.get("tokenizer_config.json", "{}"), folder / "tokenizer_config.json")
-        found = self.files.get("chat_template.jinja", settings.get("chat_template"))
+        found = self.files.get("chat_template.jinja", self._settings.get("chat_template"))
         if isinstance(found, list):                     # several, by name
             found = next((template.get("template") for template in found if template.get("name") == "default"), None)
         if not isinstance(found, str):
-            raise InputError(f"{folder}: no chat template, neither in tokenizer_config.json nor as chat_template.jinja")
+            raise InputError(f"{Path(self.source).parent}: no chat template in tokenizer_config.json or chat_template.jinja")
         return found
 
     @cached_property

@@ -595,6 +595,24 @@ def judged(problems, where, args):
     return [problem for problem, fail in zip(problems, fails) if not fail]
 
 
+def measures(data, answers):
+    """{name: a number for each response} of what training and evaluation both log."""
+    return {"accuracy": (data["outcomes"] == 1).tolist(), "strict_accuracy": data["strict"].tolist(),
+            "unparsed": [answer is None for answer in answers],
+            "truncated": (~data["ended"]).tolist(), "response_length": data["response_mask"].sum(1).tolist()}
+
+
+def sampler_gap(data):
+    """Mean and largest |log-prob at sampling - recomputed| of the sampled tokens: generation rounds in another order."""
+    gap = (data.pop("sampled_logprobs") - data["old_logprobs"])[data["response_mask"]].abs()
+    return {"sampler_gap": gap.mean(), "sampler_gap_max": gap.max()}
+
+
+def masked_mean(x, mask):
+    """Mean of x over the True places of mask."""
+    return torch.where(mask, x, 0).sum() / mask.sum()
+
+
 def attempt(policy, problems, tokenizer, args, temperature):
     """What one response to each problem gives, {name: a number for each problem}, and the text of the first."""
     data, texts, answers = respond(policy, problems, tokenizer, args, temperature)
@@ -679,16 +697,13 @@ def printed_value(session, program):
 # ==== the same in all four scripts from here on: problems =====================================================================
 
 def builtin_problems(n, low, high, seed, args, without=()):
-    """n built-in problems of low to high operations, the same for the same seed; none asks a question of `without`. InputError
-    where there are too few."""
-    rng, taken, problems, misses = random.Random(seed), {p["question"] for p in without}, [], 0
-    while len(problems) < n:
-        problem = builtin_problem(rng, rng.randint(low, high), args)
-        if problem["question"] not in taken:
-            problems.append(problem)
-        elif (misses := misses + 1) > 100 * n:
-            raise InputError(f"--operations-low, --operations-high: found {len(problems)} of {n} problems of {low} to {high} "
-                             "operations that no other split asks; allow more operations, or fewer problems by --eval-size")
+    """n problems of low to high operations, the same for a seed, without the questions of `without`; InputError if too few."""
+    rng, taken = random.Random(seed), {p["question"] for p in without}
+    made = (builtin_problem(rng, rng.randint(low, high), args) for _ in range(101 * n))
+    problems = list(itertools.islice((p for p in made if p["question"] not in taken), n))
+    if len(problems) < n:
+        raise InputError(f"--operations-low, --operations-high: found {len(problems)} of {n} problems of {low} to {high} "
+                         "operations that no other split asks; allow more operations, or fewer problems by --eval-size")
     return problems
 
 
@@ -769,8 +784,7 @@ def prepare(args):
     train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
     if not args.evaluate_only:
         check_memory(policy.config, train, args)
-    longer = sum(len(problem["response"]) > args.max_new_tokens for problem in train)
-    if longer:
+    if longer := sum(len(problem["response"]) > args.max_new_tokens for problem in train):
         say(f"warning: {longer} of {len(train)} demonstrations are longer than --max-new-tokens {args.max_new_tokens}; "
             "responses as long will be cut off")
     shown, bos = (train or test)[0], tokenizer.bos_ids
@@ -812,19 +826,14 @@ def check_memory(config, problems, args):
     say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
         f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
         f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
-    if args.device == "cuda" and peak(found) > (free := free_memory(torch.device("cuda")) - 2 ** 29):        # what CUDA takes
+    if args.device == "cuda" and found["least"] > (free := free_memory(torch.device("cuda")) - 2 ** 29):        # what CUDA takes
         smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
         fitting = [f"{'' if more == shards else f'--shard on {more} GPUs, '}--micro-batch-size {fewer}"
                    f"{' --checkpoint-activations' if again else ''}"
                    for more in (shards, *(2 ** i for i in range(1, 8) if 2 ** i > shards)) for again in (False, True)
-                   for fewer in smaller if peak(needs(fewer, again, more)) <= free]
-        raise InputError(f"training takes {size(peak(found))} of memory and the GPU has {size(free)} to give; what would fit: "
+                   for fewer in smaller if needs(fewer, again, more)["least"] <= free]
+        raise InputError(f"training takes {size(found['least'])} of memory and the GPU has {size(free)} to give; what would fit: "
                          + (fitting[0] if fitting else "a smaller model"))
-
-
-def peak(found):
-    """Of training_memory(), what has to fit: a cache that does not is cut in pieces."""
-    return max(found["update"], found["rollout"] - found["cache"])
 
 
 def fits(problems, policy, args):
@@ -1094,8 +1103,7 @@ def phase(name):
 
 
 def lap(state):
-    """What was spent since the last line of the log: {phase: seconds}, and seconds without evaluating and saving. Adds all of it to
-    the state."""
+    """Spent since the log's last line: {phase: seconds}, and seconds without evaluating and saving. The state takes it all up."""
     now, phases = time.perf_counter(), {name: round(COST[name], 4) for name in PHASES}
     seconds = now - COST["since"] - COST["evaluate"] - COST["save"]
     state["phases"] = {name: state["phases"][name] + phases[name] for name in PHASES}
@@ -1115,7 +1123,7 @@ def count_training(gpt, lengths, sampled):
     COST["flops"] = COST["flops"] + 6.0 * (blocks * lengths.sum() + c.vocab_size * c.n_embd * sampled + attended).double()
 
 
-def bill(state, args):
+def bill(state):
     """What a run cost, for its summary: rates of the training, seconds by phase of all of it; of a GPU that is known the share of
     its peak in the updates, and the highest memory in use. Of several processes time and memory are the first one's."""
     seconds, update = max(state["seconds"], 1e-9), state["phases"]["update"]
@@ -1161,13 +1169,6 @@ def response_ids(data):
     return [row[chosen].tolist() for row, chosen in zip(data["tokens"][:, 1:].cpu(), data["response_mask"].cpu())]
 
 
-def measures(data, answers):
-    """{name: a number for each response} of what training and evaluation both log."""
-    return {"accuracy": (data["outcomes"] == 1).tolist(), "strict_accuracy": data["strict"].tolist(),
-            "unparsed": [answer is None for answer in answers],
-            "truncated": (~data["ended"]).tolist(), "response_length": data["response_mask"].sum(1).tolist()}
-
-
 def means(found):
     """The mean of each list; of a list of lists, place by place."""
     return {name: torch.tensor(values, dtype=torch.float64).mean(0).tolist() for name, values in found.items()}
@@ -1190,8 +1191,7 @@ def by_set(problems):
 
 @phase("evaluate")
 def evaluate(policy, problems, tokenizer, args, temperature=0):
-    """Means over problems of what attempt() measures, from the question alone; greedy unless told otherwise. Of several test files
-    also what was right in each."""
+    """Means over problems of what attempt() measures, greedy unless told otherwise; of several files also what is right in each."""
     problems, found = sorted(problems, key=lambda p: len(p["prompt"])), {}               # like lengths together: less padding
     for batch in progress(in_batches(problems, args), "evaluation", args):
         measured, text = attempt(policy, batch, tokenizer, args, temperature)
@@ -1258,11 +1258,6 @@ def place(x, response_mask):
     return torch.zeros(response_mask.shape, dtype=x.dtype, device=x.device).masked_scatter(response_mask, x)
 
 
-def masked_mean(x, mask):
-    """Mean of x over the True places of mask."""
-    return torch.where(mask, x, 0).sum() / mask.sum()
-
-
 def autocast(tokens):
     """bf16 matrix products on a GPU, plain fp32 on a CPU."""
     return torch.autocast("cuda", torch.bfloat16, cache_enabled=not GPT.sharded) if tokens.is_cuda else nullcontext()
@@ -1284,12 +1279,6 @@ def token_stats(policy, ref, data, args, critic=None):
             whole = stats.setdefault(name, torch.zeros(mask.shape, device=mask.device))
             whole[rows, :micro["response_mask"].shape[1]] = place(x.float(), micro["response_mask"])
     return {name: summed(x) for name, x in stats.items()}
-
-
-def sampler_gap(data):
-    """Mean and largest |log-prob at sampling - recomputed| of the sampled tokens: generation rounds in another order."""
-    gap = (data.pop("sampled_logprobs") - data["old_logprobs"])[data["response_mask"]].abs()
-    return {"sampler_gap": gap.mean(), "sampler_gap_max": gap.max()}
 
 
 def adamw(modules, lr):
@@ -1472,13 +1461,6 @@ def save_model(folder, policy, tokenizer):
     gathered(None)
 
 
-def join_run(args):
-    """The state of a run that the first process has opened, for the others."""
-    catch_signals()
-    state, saved = gathered(None)[0]
-    return (load_state(args) if saved else {}) | state
-
-
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
@@ -1519,11 +1501,6 @@ def progress(items, what, args, done=0, total=None):
         if bar.disable and now > said + 60:
             said, left = now, (now - began) / (done - first) * (total - done)
             say(f"{what} {done}/{total}  ETA {left // 60:.0f}:{left % 60:02.0f}")
-
-
-def catch_signals():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
 
 
 def say(text):
@@ -1577,8 +1554,11 @@ def fingerprint(path):
 def open_run(args):
     """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
     a run. From here on a signal saves before it ends the run."""
-    if RANK:
-        return join_run(args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    if RANK:                                                         # what the first process has opened
+        state, saved = gathered(None)[0]
+        return (load_state(args) if saved else {}) | state
     out, state = Path(args.out), {"step": 0, "log_lines": 0, "seconds": 0.0, "tokens": 0, "rollouts": 0, "flat": 0, "flops": 0.0,
                                   "phases": dict.fromkeys(PHASES, 0.0)}
     if args.resume and not (out / "args.json").exists():
@@ -1612,7 +1592,6 @@ def open_run(args):
             if inputs.get(name) != info["inputs"].get(name):
                 raise InputError(f"{out}: what {flag} {value} holds has changed since the run began")
         info = before | {"args": flags | {"iterations": args.iterations}}
-    catch_signals()
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else [""]
     if len(lines) <= state["log_lines"]:
@@ -1639,7 +1618,7 @@ def save_run(modules, optimizer, state, args):
     if args.shard:
         import torch.distributed.checkpoint as dcp
         before, state["shards"] = state.get("shards"), "shards-2" if state.get("shards") == "shards-1" else "shards-1"
-        moments, weights = weights.pop("optimizer"), weights
+        moments = weights.pop("optimizer")
         dcp.save(weights | {"moments": moments["state"]}, checkpoint_id=Path(args.out) / state["shards"])
         weights = {"param_groups": moments["param_groups"]}
     write_whole(Path(args.out) / "state.pt", lambda path: torch.save(state | {"weights": weights}, path))
@@ -1657,10 +1636,10 @@ def load_run(modules, optimizer, weights, state, args):
     import torch.distributed.checkpoint as dcp
     folder = Path(args.out) / state["shards"]
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata            # "moments.7.exp_avg" and the like
-    known = {key.split(".")[1] for key in stored if key.startswith("moments.")}
+    known = {int(key.split(".")[1]) for key in stored if key.startswith("moments.")}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {int(i): {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameters[int(i)]),
-                        "exp_avg_sq": torch.zeros_like(parameters[int(i)])} for i in known}
+    moments = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameters[i]),
+                   "exp_avg_sq": torch.zeros_like(parameters[i])} for i in known}
     dcp.load({name: part.state_dict() for name, part in modules.items()} | {"moments": moments}, checkpoint_id=folder)
     optimizer.load_state_dict({"state": moments, "param_groups": weights["param_groups"]})
 
@@ -1729,8 +1708,7 @@ def event_writer(out):
 
 SHOWN = {"accuracy": "acc", "t1": "t1", "t2": "t2", "outcome": "reward", "kl": "kl", "response_length": "len", "loss": "loss",
          "policy_loss": "pg", "value_loss": "vf", "kl_loss": "klloss", "clip_frac": "clip", "explained_variance": "ev",
-         "grad_norm": "grad", "truncated": "cut", "unparsed": "unread",
-         "dev_accuracy": "dev"}
+         "grad_norm": "grad", "truncated": "cut", "unparsed": "unread", "dev_accuracy": "dev"}
 
 
 def show(record, state, args):
@@ -1822,7 +1800,7 @@ def tell(moment, found, state, args):
 def summarise(problems, state, args, by="accuracy"):
     """The last lines on the screen, the first about the measure `by`, and summary.json with what a results table needs."""
     summary = {"script": Path(__file__).stem, "method": args.method, "seed": args.seed, "problems": problems}
-    summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state, args))
+    summary |= {name: state[name] for name in ("before", "after", "best")} | (cost := bill(state))
     write_whole(Path(args.out) / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
     what, before, best = "evaluation", "", ""
     if not args.evaluate_only:
@@ -1879,33 +1857,27 @@ def check_args(args):
         least = 0 if f.type is float or f.name in may_be_0 else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
-    nothing = not args.model
-    conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the number of heads":
-                     args.n_embd % (2 * args.n_head),
+    conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: a head needs an even width": args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--tensorboard: the package is not installed (pip install tensorboard)":
                      args.tensorboard and not importlib.util.find_spec("tensorboard"),
-                 "--device cuda: torch sees no GPU": args.device == "cuda" and not torch.cuda.is_available(),
-                 f"--device cuda: more processes on this machine than its {torch.cuda.device_count()} GPUs":
+                 f"--device cuda: torch sees {torch.cuda.device_count() or 'no'} GPUs here, each process needs one":
                      args.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count(),
                  "--shard spreads a model over the processes of torchrun": args.shard and not dist.is_torchelastic_launched(),
                  "--rerank trains a model of its own and goes without --shard": args.shard and getattr(args, "rerank", False),
                  "--prompt needs `paper`, `chat` or a text with {question} in it":
                      args.prompt not in ("paper", "chat") and "{question}" not in args.prompt,
-                 "--prompt needs data files: the built-in problems have a small vocabulary of their own":
-                     args.prompt != "paper" and not args.eval_data,
+                 "--prompt needs data files: built-in problems have their own": args.prompt != "paper" and not args.eval_data,
                  "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together":
                      bool(args.train_data) != bool(args.eval_data) and not (args.evaluate_only and args.eval_data),
-                 "--evaluate-only needs --model, the checkpoint to be tested": args.evaluate_only and nothing,
-                 "--eval-size 0 needs data files: there are as many built-in problems as you like":
-                     not args.eval_size and not args.eval_data,
-                 "--train-data needs --model: one from nothing knows the built-in problems only": args.train_data and nothing,
-                 "--train-size 0 needs --train-data: there are as many built-in problems as you like":
-                     not args.train_size and not args.eval_data,
+                 "--evaluate-only needs --model, the checkpoint to be tested": args.evaluate_only and not args.model,
+                 "--eval-size 0 needs data files: there is no end of built-in problems": not (args.eval_size or args.eval_data),
+                 "--train-data needs --model: one from nothing knows built-in problems only": args.train_data and not args.model,
+                 "--train-size 0 needs data files: there is no end of built-in problems": not (args.train_size or args.eval_data),
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
-                 "--warmup-epochs 0 needs --model: one from nothing must be warmed up": nothing and not args.warmup_epochs}
+                 "--warmup-epochs 0 needs --model: one from nothing must be warmed up": not (args.model or args.warmup_epochs)}
     for message, wrong in conflicts.items():
         if wrong:
             raise InputError(message)

@@ -103,7 +103,7 @@ def test_what_training_takes_is_said_and_refused_with_what_would_fit(monkeypatch
                      capsys.readouterr().out)
     args.device = "cuda"
     longest = max(reft.row_length(problem, args) for problem in train)
-    needs = lambda rows, again, shards: reft.peak(training_memory(policy.config, rows * longest, 0, 1, again, True, shards))
+    needs = lambda rows, again, shards: training_memory(policy.config, rows * longest, 0, 1, again, True, shards)["least"]
     for free, words in ((needs(16, False, 1), "--micro-batch-size 16"), (2 ** 20, "a smaller model"),
                         (needs(2, True, 1), "--micro-batch-size 2 --checkpoint-activations")):
         monkeypatch.setattr(reft, "free_memory", lambda device: free + 2 ** 29)
@@ -123,7 +123,7 @@ def qwen(name):
 
 def largest(c, card, again, shards):
     """The largest micro-batch, in rows of 1,024 tokens, for a card of so many GB."""
-    needs = lambda rows: reft.peak(training_memory(c, 1024 * rows, 0, 1, again, True, shards))
+    needs = lambda rows: training_memory(c, 1024 * rows, 0, 1, again, True, shards)["least"]
     return max((rows for rows in (1, 2, 4, 8, 16, 32, 64) if needs(rows) <= card * 1e9 - 2 ** 29), default=0)
 
 

@@ -119,6 +119,18 @@ def test_equation_table(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_is_there_that_the_script_does_not_use(script):
+    """Every import, function and constant, in the shared block as well."""
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    bound = {node.id for top in tree.body if isinstance(top, ast.Assign) for node in ast.walk(top)
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    bound |= {(alias.asname or alias.name).split(".")[0] for top in tree.body if isinstance(top, (ast.Import, ast.ImportFrom))
+              for alias in top.names}
+    assert sorted((bound | definitions(script).keys()) - loaded) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_imports(script):
     allowed = set(sys.stdlib_module_names) | {"torch", "model", "kernels", "tqdm", "filelock"}
     late = allowed | {"matplotlib", "pydantic_monty", "rapidfuzz", "huggingface_hub", "jinja2"}           # only some runs need them
@@ -667,7 +679,7 @@ def test_seconds_by_phase(tmp_path, capsys):
     assert record["phases"]["generate"] == record["phases"]["check"] == record["phases"]["score"] == record["phases"]["save"] == 0
     assert 0.1 <= record["phases"]["evaluate"] < 0.2 and 0.02 <= record["phases"]["update"] < record["seconds"] - 0.009 < 0.1
     assert record["tokens_per_second"] == pytest.approx(6 / record["seconds"], rel=1e-4)
-    bill = reft.bill(state, reft.Args())
+    bill = reft.bill(state)
     assert bill["rollouts_per_second"] == pytest.approx(2 / record["seconds"], rel=0.01) and "mfu" not in bill
 
 
@@ -712,7 +724,7 @@ def test_flops_of_an_update_and_the_share_of_the_peak(checkpoint, monkeypatch):
                        "NVIDIA GH200 480GB": None, "NVIDIA L4": 121e12}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
         busy = state | {"peak_gib": 1.2345, "flops": 989e12, "phases": state["phases"] | {"update": 2.0}}
-        bill = reft.bill(busy, reft.Args())
+        bill = reft.bill(busy)
         assert bill["peak_gib"] == 1.23 and bill.get("mfu") == (peak and round(989e12 / 2 / peak, 4))
 
 
