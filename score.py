@@ -1091,7 +1091,7 @@ def check_memory(config, problems, args):
     say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
         f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
         f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
-    if args.device == "cuda" and found["least"] > (free := free_memory(torch.device("cuda")) - 2 ** 29):        # what CUDA takes
+    if args.device == "cuda" and found["least"] > (free := free_memory(torch.device("cuda")) - 2 ** 29):    # what CUDA takes
         smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
         fitting = [f"{'' if more == shards else f'--shard on {more} GPUs, '}--micro-batch-size {fewer}"
                    f"{' --checkpoint-activations' if again else ''}"
@@ -2122,7 +2122,8 @@ def check_args(args):
         least = 0 if f.type is float or f.name in may_be_0 else 1
         if f.type in (int, float) and not least <= value < math.inf:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
-    conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: a head needs an even width": args.n_embd % (2 * args.n_head),
+    conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the heads":
+                     args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--tensorboard: the package is not installed (pip install tensorboard)":
                      args.tensorboard and not importlib.util.find_spec("tensorboard"),

@@ -196,7 +196,8 @@ COLUMNS = {
                  "reranked, of 16": "rerank_16"},
     "r3": {"warm-up": "before.accuracy", "after": "accuracy", "last checkpoint": "last_accuracy"},
     "score": {"t1": "t1", "t2": "t2", "delta": "delta", "c->i": "c->i", "changed": "changed", "t2 on the base's y1": "fixed_t2",
-              "t2, y1 of another question": "swapped_t2", "mended, shown": "mended_shown", "last t1": "last_t1", "last t2": "last_t2"},
+              "t2, y1 of another question": "swapped_t2", "mended, shown": "mended_shown", "last t1": "last_t1",
+              "last t2": "last_t2"},
     "prl": {"avg@64": "last_avg@64", "hard avg@64": "last_hard_avg@64", "hard pass@8": "last_hard_pass@8",
             "hard pass@64": "last_hard_pass@64", "chosen: avg@64": "avg@64", "hard pass@8 of it": "hard_pass@8"},
 }

@@ -96,8 +96,8 @@ def test_judging_counts_comparisons_and_names_seeds_that_fail_a_gate():
 
 
 def test_a_verdict_on_a_part_of_the_seeds_says_so():
-    claim = {"script": "r3", "paper": "R3", "id": "C1", "claim": "c", "paper_number": "-", "compared": "d", "a": "r3-8", "b": "rl-12",
-             "metric": "accuracy", "expect": ">"}
+    claim = {"script": "r3", "paper": "R3", "id": "C1", "claim": "c", "paper_number": "-", "compared": "d",
+             "a": "r3-8", "b": "rl-12", "metric": "accuracy", "expect": ">"}
     gate = {"script": "r3", "name": "g", "arm": "r3-8", "metric": "accuracy", "low": 0, "high": 0.5}
 
     def made(seeds):
