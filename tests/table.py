@@ -224,7 +224,19 @@ def arm_rows(script, rows):
     for arm in arms:
         mine = [row for row in rows if row["arm"] == arm]
         lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cell(mine, metric) for metric in COLUMNS[script].values()) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + mean_frontiers(rows) * (script == "prl"))
+
+
+def mean_frontiers(rows):
+    """Below the table of prl.py's arms: the frontiers of the settings' means over seeds, which no best of noisy settings lifts."""
+    found = []
+    for form in "prl", "loss", "reward":
+        arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.startswith(form + "-")]
+        means = [{metric: statistics.mean(row["after"][metric] for row in rows if row["arm"] == arm)
+                  for metric in ("last_avg@64", "last_hard_pass@8", "last_hard_pass@64")} for arm in arms]
+        numbers = [100 * frontier([(mean["last_avg@64"], mean[f"last_hard_pass@{k}"]) for mean in means]) for k in (8, 64)]
+        found.append(f"{form} ({len(arms)} settings) {numbers[0]:.1f} and {numbers[1]:.1f}")
+    return ["", "Frontiers of the means over seeds, of hard pass@8 and pass@64, not registered: " + "; ".join(found) + "."]
 
 
 def marks(name):

@@ -74,6 +74,16 @@ def test_the_frontier_by_hand():
     assert table.frontier(points) == pytest.approx(sum(best) / len(best), abs=1e-4)
 
 
+def test_frontiers_of_means_by_hand():
+    points = {"prl-1": ((0.96, 0.4), (0.98, 0.6)), "prl-3": ((0.99, 0.2), (1.0, 0.4)),
+              "loss-1": ((0.9, 0.9),), "reward-1": ((1.0, 1.0),)}
+    rows = [{"arm": arm, "seed": seed, "after": {"last_avg@64": x, "last_hard_pass@8": y, "last_hard_pass@64": y / 2}}
+            for arm, found in points.items() for seed, (x, y) in enumerate(found)]
+    by_hand = 100 * (0.3 * 0.025 + 0.5 * 0.02) / 0.05                # prl-1: 97, 50; prl-3: 99.5, 30
+    assert table.mean_frontiers(rows)[1].endswith(
+        f"prl (2 settings) {by_hand:.1f} and {by_hand / 2:.1f}; loss (1 settings) 0.0 and 0.0; reward (1 settings) 100.0 and 50.0.")
+
+
 def test_frontiers_are_paired_by_seed():
     rows = [{"arm": arm, "seed": seed, "before": {}, "after": {"x": x, "y": y + seed / 100}}
             for arm, x, y in (("p", 0.99, 0.3), ("q", 0.96, 0.5), ("r", 0.98, 0.4)) for seed in range(3 if arm == "q" else 4)]
