@@ -35,7 +35,7 @@ def run_script(script, argv, folder, environment, files, pictures):
     if not pictures:
         Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"")
     for stream, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY), stream)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment | NO_GPU)

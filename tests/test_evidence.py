@@ -3,11 +3,12 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 import evidence
 import r3
 import table
-from processes import NO_GPU, ROOT
+from processes import ROOT, fork, run_script
 
 CLAIMS = json.loads((ROOT / "results/claims.json").read_text())
 
@@ -195,51 +196,67 @@ TINY = ("--train-size 64 --warmup-batch-size 8 --batch-size 8 --minibatch-size 8
         "--eval-size 4 --n-layer 1 --n-embd 16 --n-head 2")
 
 
-def drive(folder, *flags):
-    argv = [sys.executable, ROOT / "tests/evidence.py", "r3", "--out", folder / "rows.json", "--runs", folder / "runs", *flags]
-    return subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=evidence.os.environ | NO_GPU)
+class Forked:
+    """What subprocess.Popen of a script gives, as a fork; as soon as one of those named in STOP_AT logs an iteration it sends SIGTERM
+    to the driver."""
+    STOP_AT = []
+
+    def __init__(self, argv, stdout, stderr, cwd, env):
+        assert argv[0] == sys.executable and stdout is stderr and cwd == ROOT and env["OMP_NUM_THREADS"] == "1"
+        self.log = Path(argv[argv.index("--out") + 1]) / "log.jsonl"
+        self.process = fork(run_script, Path(argv[1]).stem, argv[2:], cwd, env, [stdout.name] * 2, False)
+        self.process.start()
+
+    def poll(self):
+        if self.log.parent.name in self.STOP_AT and self.log.exists() and '"iteration"' in self.log.read_text():
+            self.STOP_AT.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.process.exitcode
+
+    returncode = property(lambda self: self.process.exitcode)
+    terminate = property(lambda self: self.process.terminate)
+    wait = property(lambda self: self.process.join)
 
 
-def rows_in(folder):
-    return json.loads((folder / "rows.json").read_text()) if (folder / "rows.json").exists() else []
+@pytest.fixture
+def drive(tmp_path, monkeypatch):
+    """A function that runs the driver with some flags, and returns how it exits."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(subprocess, "Popen", Forked)
+
+    def driven(*flags):
+        argv = ["evidence.py", "r3", "--out", tmp_path / "rows.json", "--runs", tmp_path / "runs", *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        with pytest.raises(SystemExit) as ended:
+            evidence.main()
+        return ended.value.code
+    yield driven
+    signal.signal(signal.SIGTERM, handler)
 
 
-def test_the_driver_keeps_what_is_done_and_goes_on_after_sigterm(tmp_path, monkeypatch):
+def test_the_driver_keeps_what_is_done_and_goes_on_after_sigterm(drive, tmp_path, monkeypatch):
     wanted = ["--seeds", "300", "--only", "base,r3-8", "--jobs", "2",
               "--also", TINY + " --iterations 30 --eval-every 30 --save-every 500"]
-    running = drive(tmp_path, *wanted)
-    log = tmp_path / "runs/r3-8-s300/log.jsonl"
-    while not (log.exists() and '"iteration"' in log.read_text()) and running.poll() is None:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGTERM)
-    printed = running.communicate()[0]
-    assert running.returncode == 128 + signal.SIGTERM, printed
-    assert [(row["arm"], row["seed"]) for row in rows_in(tmp_path)] == [("base", 300)]
-    stopped = (tmp_path / "runs/r3-8-s300.txt").read_text()
+    rows_in = lambda: json.loads((tmp_path / "rows.json").read_text())
+    printed = tmp_path / "runs/r3-8-s300.txt"
+    monkeypatch.setattr(Forked, "STOP_AT", ["r3-8-s300"])
+    assert drive(*wanted) == 128 + signal.SIGTERM
+    assert [(row["arm"], row["seed"]) for row in rows_in()] == [("base", 300)]
+    stopped = printed.read_text()
     assert "stopped; saved" in stopped and f"--model {tmp_path}/runs/base-s300/warmup --warmup-epochs 0" in stopped
 
-    again = drive(tmp_path, *wanted)
-    assert again.wait() == 0, again.stdout.read()
-    rows = rows_in(tmp_path)
+    assert drive(*wanted) == 0
+    rows = rows_in()
     assert [(row["arm"], row["seed"]) for row in rows] == [("base", 300), ("r3-8", 300)]
     assert {row["code"] for row in rows} == {evidence.digest("r3")}
     assert all({"commit", "clean", "args", "after"} <= row.keys() for row in rows)
     assert rows[0]["before"] == rows[1]["before"]                    # one warm-up
-    assert "--resume" in (tmp_path / "runs/r3-8-s300.txt").read_text().rpartition("stopped; saved")[2]
+    assert "--resume" in printed.read_text().rpartition("stopped; saved")[2]
 
-    argv = list(map(str, ["evidence.py", "r3", "--out", tmp_path / "rows.json", "--runs", tmp_path / "runs", *wanted]))
-    monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(evidence, "start", None)                     # nothing is left to do
-    assert main_ends() == 0 and rows_in(tmp_path) == rows
+    assert drive(*wanted) == 0 and rows_in() == rows
     (tmp_path / "rows.json").write_text(json.dumps([rows[0] | {"code": "other"}]))
-    assert "another state of the code" in main_ends()
-
-
-def main_ends():
-    with pytest.raises(SystemExit) as ended:
-        evidence.main()
-    return ended.value.code
+    assert "another state of the code" in drive(*wanted)
 
 
 def test_arms_are_accepted_by_their_script(monkeypatch):
