@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"      # before kernels are imported
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-LONGEST = "test_scripts.py", "test_baselines.py"                     # begin first, so that no file is left over at the end
+# begin first, so that no long file is left over at the end
+LONGEST = [f"test_{name}.py" for name in ("scripts", "model", "kernels", "ranks", "baselines", "score", "programs")]
 
 
 def pytest_configure(config):
@@ -33,7 +34,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -197,8 +197,8 @@ TINY = ("--train-size 64 --warmup-batch-size 8 --batch-size 8 --minibatch-size 8
 
 
 class Forked:
-    """What subprocess.Popen of a script gives, as a fork; as soon as one of those named in STOP_AT logs an iteration it sends SIGTERM
-    to the driver."""
+    """What subprocess.Popen of a script gives, as a fork; when one of those named in STOP_AT logs an iteration the driver gets a
+    SIGTERM."""
     STOP_AT = []
 
     def __init__(self, argv, stdout, stderr, cwd, env):
