@@ -283,21 +283,25 @@ def plot_curves(groups, path):
 
 
 def plot_frontier(rows, path):
-    """Accuracy against coverage of the last checkpoints, the mean of the seeds, a line for each form of the KL through its
-    settings, from the weakest to the strongest."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """Accuracy against coverage of the last checkpoints, per cent, with their 95 % intervals over the seeds: a line for each form of
+    the KL through its settings, from the weakest to the strongest."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
     for i, k in enumerate((8, 64)):
-        axes = figure.add_subplot(1, 2, i + 1, xlabel="avg@64 on problems like the training's", ylabel=f"hard pass@{k}")
+        axes = figure.add_subplot(1, 2, i + 1, xlabel="avg@64 on problems like the training's, %", ylabel=f"hard pass@{k}, %")
         for form in "base", "grpo", "raft", "prl", "loss", "reward":
             arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.partition("-")[0] == form]
             arms.sort(key=lambda arm: float(arm.partition("-")[2] or 0), reverse=form != "loss")
-            points = [[statistics.mean(row["after"][metric] for row in rows if row["arm"] == arm)
-                       for metric in ("last_avg@64", f"last_hard_pass@{k}")] for arm in arms]
-            if points:
-                axes.plot(*zip(*points), marker="o", label=form)
-                for arm, point in zip(arms, points):
-                    axes.annotate(arm.partition("-")[2], point, fontsize="small")
-        axes.legend()
+            found = [[verdict([100 * row["after"][metric] for row in rows if row["arm"] == arm], ">")
+                      for metric in ("last_avg@64", f"last_hard_pass@{k}")] for arm in arms]
+            if arms:
+                x, y = [[point["mean"] for point in axis] for axis in zip(*found)]
+                errors = [[point["mean"] - point["low"] for point in axis] for axis in zip(*found)]
+                line, *_ = axes.errorbar(x, y, errors[1], errors[0], marker="o", label=form, elinewidth=0.5)
+                for arm, point in zip(arms, zip(x, y)):
+                    axes.annotate(arm.partition("-")[2], point, (4, 4), textcoords="offset points", fontsize="small",
+                                  color=line.get_color())
+        axes.set(xlim=(None, 100), ylim=(0, 102))
+        axes.legend(loc="lower left")
     figure.savefig(path, dpi=100)
 
 
