@@ -206,10 +206,17 @@ def token_advantages(outcomes, ref_log_ratio, tokens, response_mask, newline, ar
     return advantages - process if args.method in ("prl", "frpo", "prm") else advantages, process, steps             # F5
 
 
+def finished(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
+    """What respond() gives, but a response that ran out of room has no answer and earns nothing."""
+    data, texts, answers = respond(policy, problems, tokenizer, args, temperature, group_size)
+    data |= {"outcomes": torch.where(data["ended"], data["outcomes"], 0), "strict": data["strict"] & data["ended"]}
+    return data, texts, [answer if ended else None for answer, ended in zip(answers, data["ended"].tolist())]
+
+
 @torch.no_grad()
 def rollout(policy, ref, problems, tokenizer, args):
     """A group of sampled responses per problem, checked and scored: (B, T-1) tensors for the update, and a dict to log."""
-    data, texts, answers = respond(policy, problems, tokenizer, args, group_size=args.group_size)
+    data, texts, answers = finished(policy, problems, tokenizer, args, group_size=args.group_size)
     data |= token_stats(policy, ref, data, args)
     gap = sampler_gap(data)
     mask, outcomes, ref_log_ratio = data["response_mask"], data["outcomes"], data["old_logprobs"] - data["ref_logprobs"]
@@ -381,8 +388,8 @@ def report(policy, tests, tokenizer, args):
     found, n = {}, args.samples
     for prefix, problems in tests.items():
         samples = draw_samples(policy, problems, tokenizer, n, args)
-        right = [int(reward([answer for _, _, answer in drawn], [problem] * n, args).sum())
-                 for drawn, problem in zip(samples, problems)]
+        answers = [[answer if ids[-1] == tokenizer.eos_id else None for ids, _, answer in drawn] for drawn in samples]
+        right = [int(reward(row, [problem] * n, args).sum()) for row, problem in zip(answers, problems)]
         metrics = {f"avg@{n}": [c / n for c in right]}
         metrics |= {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in sorted({2**i for i in range(n.bit_length())} | {n})}
         part = evaluate(policy, problems, tokenizer, args) | {"entropy": entropy(policy, problems, tokenizer, args)}
@@ -540,7 +547,7 @@ def masked_mean(x, mask):
 
 def attempt(policy, problems, tokenizer, args, temperature):
     """What one response to each problem gives, {name: a number for each problem}, and the text of the first."""
-    data, texts, answers = respond(policy, problems, tokenizer, args, temperature)
+    data, texts, answers = finished(policy, problems, tokenizer, args, temperature)
     return measures(data, answers), texts[0]
 
 
