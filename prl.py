@@ -144,8 +144,8 @@ class Args:
             raise InputError("--eta 0.0: must be above 0; without any KL it is --method grpo")
         if self.dual_clip <= 1:
             raise InputError(f"--dual-clip {self.dual_clip}: must be above 1")
-        if self.operations_hard <= self.operations_high:
-            raise InputError("--operations-hard must be above --operations-high")
+        if self.operations_hard <= max(self.operations_high, self.operations_train):
+            raise InputError("--operations-hard must be above --operations-high and --operations-train")
 
 
 # ==== the paper ===============================================================================================================
@@ -436,7 +436,7 @@ def hard_problems(policy, easy, tokenizer, args):
     Neither for data from files."""
     if args.train_data or args.eval_data:
         return [], []
-    low, high = args.operations_high + 1, args.operations_hard
+    low, high = max(args.operations_high, args.operations_train) + 1, args.operations_hard
     try:
         test = builtin_problems(args.eval_size, low, high, f"hard {args.seed}", args)
         shown = builtin_problems(args.demonstrations, 1, high, 5, args, without=test + easy)

@@ -595,6 +595,8 @@ def test_hard_problems_are_longer_and_shared_with_nothing():
     assert max(length(p) for part in prl.load_problems(args) for p in part) == 3
     assert not {p["question"] for p in hard + easy} & {p["question"] for p in shown}
     assert prl.hard_problems(policy, [], None, flags(train_data="x")) == ([], [])
+    longer = dataclasses.replace(args, operations_train=5)                    # than the tests
+    assert {length(p) for p in prl.hard_problems(policy, easy, tokenizer, longer)[0]} == {6}
 
 
 def test_the_short_style_is_right_on_short_chains_alone_and_the_whole_one_in_part_on_all():
@@ -656,6 +658,7 @@ def test_a_warm_up_can_be_shared(tmp_path):
     (["--agg", "row"], ["--agg", "token", "const"]),
     (["--method", "reft"], ["--method", "prl", "frpo", "grpo"]),
     (["--operations-hard", "3"], ["--operations-hard"]),
+    (["--operations-train", "6"], ["--operations-hard", "--operations-train"]),
     (["--operations-hard", "300"], ["--operations-hard 300", "context"]),
     (["--group-size", "0"], ["--group-size"]),
 ])
