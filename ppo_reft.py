@@ -637,7 +637,8 @@ def contradictions(data, texts, problems):
     """{"contradictions": which responses choose the right letter after a rationale in words that arrives at another option's
     number: a wrong chain with the right letter earns the full reward}. Nothing for numbers."""
     def contradicts(text, problem):
-        option, reached = re.search(rf"\b{problem['gold']} \) (\S+)", problem["question"]), re.findall(r"= (\S+)", text)
+        gold = re.escape(str(problem["gold"]))                       # a letter, or of another file a number or LaTeX
+        option, reached = re.search(rf"\b{gold} \) (\S+)", problem["question"]), re.findall(r"= (\S+)", text)
         return bool(option and reached and read_number(reached[-1]) != read_number(option[1]))
 
     if not isinstance(problems[0]["gold"], str) or is_latex(problems[0]["gold"]):

@@ -144,8 +144,8 @@ class Args:
             raise InputError("--eta 0.0: must be above 0; without any KL it is --method grpo")
         if self.dual_clip <= 1:
             raise InputError(f"--dual-clip {self.dual_clip}: must be above 1")
-        if self.operations_hard <= self.operations_high:
-            raise InputError("--operations-hard must be above --operations-high")
+        if self.operations_hard <= max(self.operations_high, self.operations_train):
+            raise InputError("--operations-hard must be above --operations-high and --operations-train")
 
 
 # ==== the paper ===============================================================================================================
@@ -206,10 +206,17 @@ def token_advantages(outcomes, ref_log_ratio, tokens, response_mask, newline, ar
     return advantages - process if args.method in ("prl", "frpo", "prm") else advantages, process, steps             # F5
 
 
+def finished(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
+    """What respond() gives, but a response that ran out of room has no answer and earns nothing."""
+    data, texts, answers = respond(policy, problems, tokenizer, args, temperature, group_size)
+    data |= {"outcomes": torch.where(data["ended"], data["outcomes"], 0), "strict": data["strict"] & data["ended"]}
+    return data, texts, [answer if ended else None for answer, ended in zip(answers, data["ended"].tolist())]
+
+
 @torch.no_grad()
 def rollout(policy, ref, problems, tokenizer, args):
     """A group of sampled responses per problem, checked and scored: (B, T-1) tensors for the update, and a dict to log."""
-    data, texts, answers = respond(policy, problems, tokenizer, args, group_size=args.group_size)
+    data, texts, answers = finished(policy, problems, tokenizer, args, group_size=args.group_size)
     data |= token_stats(policy, ref, data, args)
     gap = sampler_gap(data)
     mask, outcomes, ref_log_ratio = data["response_mask"], data["outcomes"], data["old_logprobs"] - data["ref_logprobs"]
@@ -381,8 +388,8 @@ def report(policy, tests, tokenizer, args):
     found, n = {}, args.samples
     for prefix, problems in tests.items():
         samples = draw_samples(policy, problems, tokenizer, n, args)
-        right = [int(reward([answer for _, _, answer in drawn], [problem] * n, args).sum())
-                 for drawn, problem in zip(samples, problems)]
+        answers = [[answer if ids[-1] == tokenizer.eos_id else None for ids, _, answer in drawn] for drawn in samples]
+        right = [int(reward(row, [problem] * n, args).sum()) for row, problem in zip(answers, problems)]
         metrics = {f"avg@{n}": [c / n for c in right]}
         metrics |= {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in sorted({2**i for i in range(n.bit_length())} | {n})}
         part = evaluate(policy, problems, tokenizer, args) | {"entropy": entropy(policy, problems, tokenizer, args)}
@@ -429,7 +436,7 @@ def hard_problems(policy, easy, tokenizer, args):
     Neither for data from files."""
     if args.train_data or args.eval_data:
         return [], []
-    low, high = args.operations_high + 1, args.operations_hard
+    low, high = max(args.operations_high, args.operations_train) + 1, args.operations_hard
     try:
         test = builtin_problems(args.eval_size, low, high, f"hard {args.seed}", args)
         shown = builtin_problems(args.demonstrations, 1, high, 5, args, without=test + easy)
@@ -540,7 +547,7 @@ def masked_mean(x, mask):
 
 def attempt(policy, problems, tokenizer, args, temperature):
     """What one response to each problem gives, {name: a number for each problem}, and the text of the first."""
-    data, texts, answers = respond(policy, problems, tokenizer, args, temperature)
+    data, texts, answers = finished(policy, problems, tokenizer, args, temperature)
     return measures(data, answers), texts[0]
 
 

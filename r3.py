@@ -169,6 +169,8 @@ def line_starts(text):
 def tokens_of_lines(problem, lines, tokenizer):
     """How many ids of a demonstration belong to its first `lines` lines. They end where the next begins, indentation included;
     a token across that place is left to the policy. Counted in the ids of the whole: the seam is the one the warm-up saw."""
+    if not lines:
+        return 0                                                     # nor the space of Llama 2 where that is a token by itself
     text, before = problem["cot"], -len(tokenizer.space)             # Llama 2's ids begin with a space of their own
     end = len(text[:[*line_starts(text), len(text)][lines]].encode())
     lengths = [len(tokenizer.token_bytes(token)) for token in problem["response"]]

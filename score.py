@@ -528,14 +528,14 @@ def fixed_and_own(policy, ref, problems, tokenizer, args):
 
 def controls(policy, problems, tokenizer, args):
     """Whether second attempts mend the first or solve anew, greedy. swapped_t2: their share right after the first attempt to
-    another question. Of wrong first attempts: the share whose own last line is right (shown), and the shares mended of those and
-    of the others (hidden); None where there are none."""
+    another question. Of wrong first attempts: the share whose own last line is right (shown), where answers are numbers, and the
+    shares mended of those and of the others (hidden); None where there are none."""
     problems = sorted(problems, key=lambda p: len(p["prompt"]))                          # the next question is about as long
     batches = [problems[i:i + args.minibatch_size] for i in range(0, len(problems), args.minibatch_size)]
     first = [y1 for batch in batches for y1 in one_turn(policy, batch, tokenizer, args, 0)]
     after = lambda pairs: evaluate(policy, [p | {"first": y1} for p, y1 in pairs], tokenizer, args)["t2"] if pairs else None
     wrong = [(p, y1) for p, y1 in zip(problems, first) if y1["outcome"] == 0]
-    shows = lambda p, y1: reward([read_number(y1["text"].rstrip().split("\n")[-1])], [p], args).item() == 1
+    shows = lambda p, y1: isinstance(p.get("gold"), float) and same(p["gold"], read_number(y1["text"].rstrip().split("\n")[-1]))
     shown, hidden = [[pair for pair in wrong if shows(*pair) == kind] for kind in (True, False)]
     return {"swapped_t2": after(list(zip(problems, first[1:] + first[:1]))), "shown": len(shown) / len(wrong) if wrong else None,
             "mended_shown": after(shown), "mended_hidden": after(hidden)}

@@ -488,13 +488,25 @@ def test_one_minibatch_has_ratio_1_and_clips_nothing(monkeypatch):
 def test_the_log_tells_outcome_and_shaped_reward_apart(monkeypatch):
     *_, data, log = toy_rollout(monkeypatch, TOY)
     ratio = torch.where(data["response_mask"], data["old_logprobs"] - data["ref_logprobs"], 0)
-    assert log["accuracy"] == log["outcome"] == 0.5 and log["no_signal"] == 0.5          # two groups of four are of one outcome
-    assert log["shaped_reward"] == pytest.approx(0.5 - ratio.sum(1).mean().item() / TOY.eta, abs=1e-5)
+    outcomes = torch.where(data["ended"], torch.tensor([1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1]), 0).tolist()
+    flat = [len({*outcomes[i:i + 3]}) == 1 for i in (0, 3, 6, 9)]
+    assert log["accuracy"] == log["outcome"] == pytest.approx(sum(outcomes) / 12) and log["no_signal"] == sum(flat) / 4
+    assert log["shaped_reward"] == pytest.approx(sum(outcomes) / 12 - ratio.sum(1).mean().item() / TOY.eta, abs=1e-5)
     assert log["kl_k1"] == pytest.approx(ratio.sum(1).mean().item(), abs=1e-5)
     assert log["kl_k3"] == pytest.approx(((-ratio).exp() - 1 + ratio).sum(1).mean().item(), abs=1e-4) and log["kl_k3"] > 0
     breaks = [sum(t in (7, 8, 9) for t in row[1:][m][:-1].tolist()) for row, m in zip(data["tokens"], data["response_mask"])]
     assert log["steps"] == pytest.approx(1 + sum(breaks) / 12)
     assert 0 < log["process_mean"] < log["process_max"] and log["kl"] > 0
+
+
+def test_what_is_cut_off_earns_nothing(monkeypatch):
+    *_, data, log = toy_rollout(monkeypatch, TOY, outcomes=[1] * 12)
+    assert 0 < log["truncated"] < 1 and torch.equal(data["outcomes"], data["ended"].float())
+    assert log["accuracy"] == 1 - log["truncated"] and not data["strict"][~data["ended"]].any()
+    monkeypatch.setattr(prl, "reward", lambda answers, *_: torch.ones(len(answers)))
+    found, _ = prl.attempt(tiny(), [{"prompt": [5], "gold": 1.0}] * 12, Lines(), TOY, 1.0)
+    assert 0 < sum(found["truncated"]) < 12 and found["accuracy"] == [not cut for cut in found["truncated"]]
+    assert all(found["unparsed"][i] for i, cut in enumerate(found["truncated"]) if cut)
 
 
 def test_nothing_of_the_advantage_is_differentiated(monkeypatch):
@@ -583,6 +595,8 @@ def test_hard_problems_are_longer_and_shared_with_nothing():
     assert max(length(p) for part in prl.load_problems(args) for p in part) == 3
     assert not {p["question"] for p in hard + easy} & {p["question"] for p in shown}
     assert prl.hard_problems(policy, [], None, flags(train_data="x")) == ([], [])
+    longer = dataclasses.replace(args, operations_train=5)                    # than the tests
+    assert {length(p) for p in prl.hard_problems(policy, easy, tokenizer, longer)[0]} == {6}
 
 
 def test_the_short_style_is_right_on_short_chains_alone_and_the_whole_one_in_part_on_all():
@@ -644,6 +658,7 @@ def test_a_warm_up_can_be_shared(tmp_path):
     (["--agg", "row"], ["--agg", "token", "const"]),
     (["--method", "reft"], ["--method", "prl", "frpo", "grpo"]),
     (["--operations-hard", "3"], ["--operations-hard"]),
+    (["--operations-train", "6"], ["--operations-hard", "--operations-train"]),
     (["--operations-hard", "300"], ["--operations-hard 300", "context"]),
     (["--group-size", "0"], ["--group-size"]),
 ])
@@ -653,13 +668,14 @@ def test_impossible_flags_are_refused_and_nothing_is_written(given, words, tmp_p
 
 
 def test_each_test_file_has_its_own_avg_and_pass(monkeypatch):
-    """Two samples of each of three problems, one of file a and two of file b."""
+    """Two samples of each of three problems, one of file a and two of file b. The last one is right, but was cut off."""
     problems = [{"gold": 1.0, "set": file} for file in "abb"]
-    samples = [[([], "", float(answer)) for answer in row] for row in ([1, 1], [1, 0], [0, 0])]
+    drawn = [(1, 2), (1, 2)], [(1, 2), (0, 2)], [(0, 2), (1, 7)]              # (answer, last token)
+    samples = [[([7, last], "", float(answer)) for answer, last in row] for row in drawn]
     monkeypatch.setattr(prl, "draw_samples", lambda *_: samples)
     monkeypatch.setattr(prl, "evaluate", lambda *_: {"accuracy": 0.5})
     monkeypatch.setattr(prl, "entropy", lambda *_: 1.5)
-    found = prl.report(None, {"": problems}, None, flags(samples=2))
+    found = prl.report(None, {"": problems}, Words(), flags(samples=2))
     assert [found[name] for name in ("avg@2", "a_avg@2", "b_avg@2")] == pytest.approx([0.5, 1, 0.25])
     assert [found[name] for name in ("pass@2", "a_pass@2", "b_pass@2")] == pytest.approx([2 / 3, 1, 0.5])
     assert (found["right"], found["a_right"], found["b_right"]) == ("2 1 0", "2", "1 0") and found["a_avg@2_95%"] == [1, 1]

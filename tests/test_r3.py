@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def test_a_line_ends_where_the_next_one_begins(pieces, tokens, count):
     whole = r3.tokens_of_lines(problem, 1, tokenizer)
     assert whole == (3 if "\n   " in pieces else count)                     # the token across the place is left to the policy
     assert r3.tokens_of_lines(problem, 0, tokenizer) == 0 and r3.tokens_of_lines(problem, 2, tokenizer) == len(tokens)
+
+
+def test_the_question_alone_gives_nothing_of_a_demonstration():
+    """Also where its ids begin with a space of their own that is a token by itself, as Llama 2's of "She" here and of any digit."""
+    tokenizer = Tokenizer.from_file(Path(__file__).parent / "fixtures/tokenizers/llama2/tokenizer.json")
+    problem = {"header": "", "prompt": [1], "cot": "She sold 3.\nThen 4.", "response": tokenizer.encode("She sold 3.\nThen 4.")}
+    assert tokenizer.token_bytes(problem["response"][0]) == b" "
+    for split in ("lines", "uniform"):
+        states = r3.start_states(problem, tokenizer, dataclasses.replace(ARGS, split=split))
+        assert states[0]["prompt"] == [1] and states[-1]["prompt"] != [1]
 
 
 def test_blank_lines_do_not_count_and_belong_to_the_line_above():

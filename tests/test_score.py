@@ -597,6 +597,9 @@ def test_controls_tell_mending_from_solving_anew(monkeypatch):
                                                           "mended_shown": 1, "mended_hidden": 0}
     monkeypatch.setattr(score, "evaluate", evaluate(False))
     assert score.controls(None, problems, None, ARGS) == {"swapped_t2": 1, "shown": 1 / 3, "mended_shown": 1, "mended_hidden": 1}
+    for others in ([p | {"gold": "\\boxed{1}"} for p in problems], [{"prompt": p["prompt"]} for p in problems]):    # LaTeX; code
+        args = dataclasses.replace(ARGS, task="math" if "gold" in others[0] else "code", train_data="x")
+        assert score.controls(None, others, None, args) == {"swapped_t2": 1, "shown": 0, "mended_shown": None, "mended_hidden": 1}
 
 
 def test_a_file_has_one_turn_rows():
