@@ -560,7 +560,7 @@ def vote(answers):
 
 def vote_curves(policy, problems, tokenizer, args):
     """Accuracy of a vote among 2k first attempts, and among k corrections of k first attempts, as many samples; k = 1, 2, 4 ...
-    to args.vote_k, temperature 0.7."""
+    and args.vote_k, temperature 0.7."""
     torch.manual_seed(args.seed)
     K, chosen = args.vote_k, {}                                      # {name: the winner for each problem}
     for i in progress(range(0, len(problems), args.batch_size), "votes", args):
@@ -571,7 +571,7 @@ def vote_curves(policy, problems, tokenizer, args):
         for j in range(len(batch)):
             parallel = [y["answer"] for y in first[2 * K * j:2 * K * (j + 1)]]
             corrected = [y["answer"] for y in second[K * j:K * (j + 1)]]
-            for k in (2 ** i for i in range(K.bit_length())):
+            for k in sorted({2 ** i for i in range(K.bit_length())} | {K}):
                 chosen.setdefault(f"vote_{2 * k}_parallel", []).append(vote(parallel[:2 * k]))
                 chosen.setdefault(f"vote_{2 * k}_corrected", []).append(vote(corrected[:k]))
     return {name: float(reward(answers, problems, args).mean()) for name, answers in chosen.items()}
