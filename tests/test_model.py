@@ -1004,6 +1004,18 @@ def test_what_does_not_fit_into_memory_is_taken_in_parts(monkeypatch):
     assert taken[0] == 1 < taken[1] < taken[2] < taken[3] == 40
 
 
+def test_weights_are_gathered_once_however_many_parts_there_are(monkeypatch):
+    """Processes that share a model must gather as often as one another, and each cuts its rows by its own free memory."""
+    gathered = []
+    monkeypatch.setattr(model, "whole", lambda p: gathered.append(p) or p)
+    gpt, counts = long_gpt(), []
+    for free in 0, math.inf:
+        monkeypatch.setattr(model, "free_memory", lambda device: free)
+        generate(gpt, long_prompts(3), 2, temperature=0)
+        counts.append(len(gathered))
+    assert counts[1] == 2 * counts[0] > 0
+
+
 # ------------------------------------------------------------------------- generate against the forward without a cache
 # by how much a logit or log-prob may differ; the mean by a tenth of it. On a GPU what is multiplied is bf16 in both forwards,
 # but summed up in another order. The same two forwards in bf16 on a CPU differ by 0.006 to 0.015 on average and 0.1 at most,
