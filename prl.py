@@ -272,14 +272,14 @@ def main(args):
     state = open_run(args)                                           # of a new run, or with --resume of the one in args.out
 
     policy = warm_up(policy, [sft_row(problem) for problem in train + shown], tokenizer, state, args)
-    if "before" not in state:
-        tell("before", report(policy, tests, tokenizer, args), state, args)
 
     # the warm-up model is the initial policy and the frozen reference
     ref = policy.frozen()
     spread([policy, ref], args)
     loss_of = functools.partial(loss_fn, policy, args)
     modules, optimizer = {"policy": policy}, adamw([policy], args.lr)
+    if "before" not in state:                                        # on its device by now: the entropy takes a forward pass
+        tell("before", report(policy, tests, tokenizer, args), state, args)
     if "best" not in state:
         torch.manual_seed(args.seed)
         keep_best(policy, dev, tokenizer, 0, state, args, temperature=1)
@@ -297,7 +297,8 @@ def main(args):
 
     # the checkpoint that was best on the dev split, tested once, and the last one
     if "after" not in state:
-        best = load_checkpoint(Path(args.out) / "model")[0].to(resting(args))
+        best, _ = load_checkpoint(Path(args.out) / "model")
+        spread([best], args)
         last = {f"last_{name}": x for name, x in report(policy, tests, tokenizer, args).items() if isinstance(x, float)}
         tell("after", report(best, tests, tokenizer, args) | last, state, args)
         save_run(modules, optimizer, state, args)
