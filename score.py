@@ -1046,7 +1046,8 @@ def prepare(args):
     """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
-    train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
+    train, dev, test = [[encode_problem(p, tokenizer, args) for p in split] for split in splits]
+    fits(train + [p | {"response": []} for p in dev + test], policy, args)               # demonstrations of these are not taken
     if not args.evaluate_only:
         check_memory(policy.config, train, args)
     if longer := sum(len(problem["response"]) > args.max_new_tokens for problem in train):
