@@ -635,15 +635,16 @@ def read_letter(text):
 
 def contradictions(data, texts, problems):
     """{"contradictions": which responses choose the right letter after a rationale in words that arrives at another option's
-    number: a wrong chain with the right letter earns the full reward}. Nothing for numbers."""
+    number: a wrong chain with the right letter earns the full reward}. Nothing where no answer is a letter."""
     def contradicts(text, problem):
         option, reached = re.search(rf"\b{problem['gold']} \) (\S+)", problem["question"]), re.findall(r"= (\S+)", text)
         return bool(option and reached and read_number(reached[-1]) != read_number(option[1]))
 
-    if not isinstance(problems[0]["gold"], str) or is_latex(problems[0]["gold"]):
+    lettered = [isinstance(problem["gold"], str) and not is_latex(problem["gold"]) for problem in problems]
+    if not any(lettered):
         return {}
-    return {"contradictions": [outcome == 1 and contradicts(text, problem)
-                               for outcome, text, problem in zip(data["outcomes"].tolist(), texts, problems)]}
+    return {"contradictions": [letter and outcome == 1 and contradicts(text, problem) for letter, outcome, text, problem
+                               in zip(lettered, data["outcomes"].tolist(), texts, problems)]}
 
 
 # ==== programs ================================================================================================================
