@@ -958,6 +958,7 @@ def as_latex(text):
 
 def last_box(text):
     r"""What the last \boxed{...} of a text holds, braces matched by counting; None if there is none, or if it does not end."""
+    text = re.sub(r"\\boxed (\d+)(?=\$)", r"\\boxed{\1}", text)       # "$\boxed 2$": two of MATH's own solutions
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1
     for found in re.finditer(r"\\.|[{}]", rest if box else "", re.S):        # \{ is no brace
