@@ -419,8 +419,8 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     a logit was not finite.
     """
     longest = max(map(len, prompts), default=0)
-    if not prompts or not all(prompts) or max_new_tokens < 1:
-        raise InputError("generate: an empty prompt, or no prompt, or max_new_tokens below 1")
+    if not prompts or not all(prompts) or min(max_new_tokens, group_size) < 1:
+        raise InputError("generate: an empty prompt, or no prompt, or max_new_tokens or group_size below 1")
     if longest + max_new_tokens > gpt.config.max_len:
         raise InputError(f"{longest} prompt tokens and {max_new_tokens} new tokens exceed the context of {gpt.config.max_len}")
     rows = [prompt for prompt in map(tuple, prompts) for _ in range(group_size)]
@@ -714,7 +714,7 @@ class Tokenizer:
             self.eos_id, self.pad_id = (self._added.get(text, self._vocab.get(text)) for text in texts)
         except InputError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, regex.error) as error:
             raise InputError(f"{source}: not readable as a tokenizer ({type(error).__name__}: {error})") from error
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
 

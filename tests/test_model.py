@@ -265,6 +265,8 @@ BROKEN = {                                              # what happens to a good
     "word suffix": (edit_model(end_of_word_suffix="</w>"), ["tokenizer.json", "suffix"]),
     "merges missing": (edit_model(merges=["x y"]), ["tokenizer.json", "KeyError", "xy"]),
     "lower case": (edit_tokenizer(normalizer={"type": "Lowercase"}), ["tokenizer.json", "Lowercase"]),
+    "half a start": (edit_tokenizer(post_processor=dict(type="RobertaProcessing", cls=["<s>"], sep=["</s>", 2])),
+                     ["tokenizer.json", "IndexError"]),
     "Metaspace": (edit_tokenizer(pre_tokenizer={"type": "Metaspace"}), ["tokenizer.json", "Metaspace"]),
     "no pre-tokenizer": (edit_tokenizer(pre_tokenizer=None), ["tokenizer.json", "pre-tokenizer none"]),
     "prefix space": (edit_tokenizer(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)),
@@ -783,9 +785,9 @@ def test_prompts_must_fit():
     gpt = small_gpt()
     with pytest.raises(InputError, match="60 prompt tokens and 5 new tokens exceed the context of 64"):
         generate(gpt, [[4] * 60, [4]], 5)
-    for prompts, new in (([[4], []], 5), ([], 5), ([[4]], 0)):
-        with pytest.raises(InputError, match="an empty prompt, or no prompt, or max_new_tokens below 1"):
-            generate(gpt, prompts, new)
+    for prompts, new, group_size in (([[4], []], 5, 1), ([], 5, 1), ([[4]], 0, 1), ([[4]], 5, 0)):
+        with pytest.raises(InputError, match="an empty prompt, or no prompt, or max_new_tokens or group_size below 1"):
+            generate(gpt, prompts, new, group_size=group_size)
     with pytest.raises(InputError, match="65 tokens .* context of 64"):
         gpt(torch.ones(1, 65, dtype=torch.long))
     generate(gpt, [[4] * 60, [4]], 4)
