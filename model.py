@@ -1085,7 +1085,7 @@ def _read_config(raw: dict, path: Path) -> GPTConfig:
         if key not in within:
             raise InputError(f"{path}: {key} is missing")
         if not {SIZE: type(value) is int and 0 < value < 2 ** 31, FLAG: type(value) is bool,
-                NUMBER: type(value) in (int, float) and 0 < value < 1e30}[kind]:
+                NUMBER: type(value) in (int, float) and 0 < value < 2 ** 63}[kind]:
             raise InputError(f"{path}: {key} is {value!r}, not {kind}")
         return value
 

@@ -306,7 +306,7 @@ BROKEN = {                                              # what happens to a good
 } | {f"{key} {value!r}": (edit_config(**{key: value}), ["config.json", f"{key} is {value!r}"]) for key, values in dict(
     hidden_size=(0, -16, 16.0, "16", True, None, [16]), vocab_size=("320", 0, 10 ** 40), num_hidden_layers=(0, 2.0),
     num_attention_heads=(0, False), num_key_value_heads=(0, "2"), head_dim=(0, 2.5, "4"), intermediate_size=(None, -1),
-    max_position_embeddings=(0, "64"), rms_norm_eps=("1e-5", -1.0, True), rope_theta=("1e4", 0, float("nan")),
+    max_position_embeddings=(0, "64"), rms_norm_eps=("1e-5", -1.0, True), rope_theta=("1e4", 0, 2 ** 63, float("nan")),
     tie_word_embeddings=("true", 1), attention_bias=("no",), mlp_bias=(0,), use_sliding_window=("no",),
     eos_token_id=([], "</s>", 5.0, True, [5, "6"], {}), pad_token_id=("<pad>", [], 1.5),
     bos_token_id=("<s>", [], 1.5), model_type=([],)).items() for value in values}
