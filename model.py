@@ -419,15 +419,17 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     a logit was not finite.
     """
     longest = max(map(len, prompts), default=0)
-    if not prompts or not all(prompts) or max_new_tokens < 1:
-        raise InputError("generate: an empty prompt, or no prompt, or max_new_tokens below 1")
+    if not prompts or not all(prompts) or min(max_new_tokens, group_size) < 1:
+        raise InputError("generate: an empty prompt, or no prompt, or max_new_tokens or group_size below 1")
     if longest + max_new_tokens > gpt.config.max_len:
         raise InputError(f"{longest} prompt tokens and {max_new_tokens} new tokens exceed the context of {gpt.config.max_len}")
     rows = [prompt for prompt in map(tuple, prompts) for _ in range(group_size)]
     device = torch.device(device or gpt.embed.device)
     n = rows_at_once(gpt, len(rows), longest, longest + max_new_tokens, device)
     with torch.inference_mode():
-        parts = [_generate(gpt, rows[i:i + n], max_new_tokens, temperature, device) for i in range(0, len(rows), n)]
+        # once, not for each of the parts: with FSDP all processes gather them, and each takes as many parts as its memory asks for
+        w = decoding_weights(gpt, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        parts = [_generate(gpt.config, w, rows[i:i + n], max_new_tokens, temperature, device) for i in range(0, len(rows), n)]
         T = max(part[0].shape[1] for part in parts)
         tokens, logprobs = (torch.cat([F.pad(part[i], (0, T - part[i].shape[1]), value=filler) for part in parts])
                             for i, filler in ((0, gpt.config.pad_id), (3, 0.0)))
@@ -437,15 +439,12 @@ def generate(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, temperatur
     return tokens.clone(), response_mask, logprobs[:, 1:].clone()    # a clone made here is an ordinary tensor: autograd takes it
 
 
-def _generate(gpt, prompts, max_new_tokens, temperature, device):
-    """One sample to each of the prompts (tuples), all at once: tokens (B, T), prompt_lengths (B,), lengths (B,) and the
-    log-probs (B, T) with which the tokens of the response were drawn."""
-    c = gpt.config
+def _generate(c, w, prompts, max_new_tokens, temperature, device):
+    """One sample to each of the prompts (tuples), all at once, by weights w as decoding_weights() gives them: tokens (B, T),
+    prompt_lengths (B,), lengths (B,) and the log-probs (B, T) with which the tokens of the response were drawn."""
     on_cuda, (look_every, smallest, granule, capture) = device.type == "cuda", SCHEDULE[device.type]
     longest = max(map(len, prompts))
-    dtype = torch.bfloat16 if on_cuda else torch.float32
-    w = decoding_weights(gpt, dtype, device)
-    fused = use_triton(w.embed)
+    dtype, fused = w.head.dtype, use_triton(w.embed)
     width = longest + max_new_tokens
     rope = rope_table(c, width, device)
 
@@ -715,7 +714,7 @@ class Tokenizer:
             self.eos_id, self.pad_id = (self._added.get(text, self._vocab.get(text)) for text in texts)
         except InputError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, regex.error) as error:
             raise InputError(f"{source}: not readable as a tokenizer ({type(error).__name__}: {error})") from error
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
 
@@ -1086,7 +1085,7 @@ def _read_config(raw: dict, path: Path) -> GPTConfig:
         if key not in within:
             raise InputError(f"{path}: {key} is missing")
         if not {SIZE: type(value) is int and 0 < value < 2 ** 31, FLAG: type(value) is bool,
-                NUMBER: type(value) in (int, float) and 0 < value < 1e30}[kind]:
+                NUMBER: type(value) in (int, float) and 0 < value < 2 ** 63}[kind]:
             raise InputError(f"{path}: {key} is {value!r}, not {kind}")
         return value
 

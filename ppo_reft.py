@@ -635,16 +635,17 @@ def read_letter(text):
 
 def contradictions(data, texts, problems):
     """{"contradictions": which responses choose the right letter after a rationale in words that arrives at another option's
-    number: a wrong chain with the right letter earns the full reward}. Nothing for numbers."""
+    number: a wrong chain with the right letter earns the full reward}. Nothing where no answer is a letter."""
     def contradicts(text, problem):
         gold = re.escape(str(problem["gold"]))                       # a letter, or of another file a number or LaTeX
         option, reached = re.search(rf"\b{gold} \) (\S+)", problem["question"]), re.findall(r"= (\S+)", text)
         return bool(option and reached and read_number(reached[-1]) != read_number(option[1]))
 
-    if not isinstance(problems[0]["gold"], str) or is_latex(problems[0]["gold"]):
+    lettered = [isinstance(problem["gold"], str) and not is_latex(problem["gold"]) for problem in problems]
+    if not any(lettered):
         return {}
-    return {"contradictions": [outcome == 1 and contradicts(text, problem)
-                               for outcome, text, problem in zip(data["outcomes"].tolist(), texts, problems)]}
+    return {"contradictions": [letter and outcome == 1 and contradicts(text, problem) for letter, outcome, text, problem
+                               in zip(lettered, data["outcomes"].tolist(), texts, problems)]}
 
 
 # ==== programs ================================================================================================================
@@ -809,7 +810,8 @@ def prepare(args):
     """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
-    train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
+    train, dev, test = [[encode_problem(p, tokenizer, args) for p in split] for split in splits]
+    fits(train + [p | {"response": []} for p in dev + test], policy, args)               # demonstrations of these are not taken
     if not args.evaluate_only:
         check_memory(policy.config, train, args)
     if longer := sum(len(problem["response"]) > args.max_new_tokens for problem in train):
@@ -985,6 +987,7 @@ def as_latex(text):
 
 def last_box(text):
     r"""What the last \boxed{...} of a text holds, braces matched by counting; None if there is none, or if it does not end."""
+    text = re.sub(r"\\boxed (\d+)(?=\$)", r"\\boxed{\1}", text)       # "$\boxed 2$": two of MATH's own solutions
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1
     for found in re.finditer(r"\\.|[{}]", rest if box else "", re.S):        # \{ is no brace

@@ -279,14 +279,14 @@ def main(args):
     state = open_run(args)                                           # of a new run, or with --resume of the one in args.out
 
     policy = warm_up(policy, [sft_row(problem) for problem in train + shown], tokenizer, state, args)
-    if "before" not in state:
-        tell("before", report(policy, tests, tokenizer, args), state, args)
 
     # the warm-up model is the initial policy and the frozen reference
     ref = policy.frozen()
     spread([policy, ref], args)
     loss_of = functools.partial(loss_fn, policy, args)
     modules, optimizer = {"policy": policy}, adamw([policy], args.lr)
+    if "before" not in state:                                        # on its device by now: the entropy takes a forward pass
+        tell("before", report(policy, tests, tokenizer, args), state, args)
     if "best" not in state:
         torch.manual_seed(args.seed)
         keep_best(policy, dev, tokenizer, 0, state, args, temperature=1)
@@ -304,7 +304,8 @@ def main(args):
 
     # the checkpoint that was best on the dev split, tested once, and the last one
     if "after" not in state:
-        best = load_checkpoint(Path(args.out) / "model")[0].to(resting(args))
+        best, _ = load_checkpoint(Path(args.out) / "model")
+        spread([best], args)
         last = {f"last_{name}": x for name, x in report(policy, tests, tokenizer, args).items() if isinstance(x, float)}
         tell("after", report(best, tests, tokenizer, args) | last, state, args)
         save_run(modules, optimizer, state, args)
@@ -638,7 +639,8 @@ def prepare(args):
     """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
-    train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
+    train, dev, test = [[encode_problem(p, tokenizer, args) for p in split] for split in splits]
+    fits(train + [p | {"response": []} for p in dev + test], policy, args)               # demonstrations of these are not taken
     if not args.evaluate_only:
         check_memory(policy.config, train, args)
     if longer := sum(len(problem["response"]) > args.max_new_tokens for problem in train):
@@ -814,6 +816,7 @@ def as_latex(text):
 
 def last_box(text):
     r"""What the last \boxed{...} of a text holds, braces matched by counting; None if there is none, or if it does not end."""
+    text = re.sub(r"\\boxed (\d+)(?=\$)", r"\\boxed{\1}", text)       # "$\boxed 2$": two of MATH's own solutions
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1
     for found in re.finditer(r"\\.|[{}]", rest if box else "", re.S):        # \{ is no brace

@@ -783,7 +783,8 @@ def prepare(args):
     """Policy, tokenizer and the encoded train, dev and test problems; every complaint about the input comes from here."""
     splits = load_problems(args)
     policy, tokenizer = initial_policy(args)
-    train, dev, test = [fits([encode_problem(p, tokenizer, args) for p in split], policy, args) for split in splits]
+    train, dev, test = [[encode_problem(p, tokenizer, args) for p in split] for split in splits]
+    fits(train + [p | {"response": []} for p in dev + test], policy, args)               # demonstrations of these are not taken
     if not args.evaluate_only:
         check_memory(policy.config, train, args)
     if longer := sum(len(problem["response"]) > args.max_new_tokens for problem in train):
@@ -959,6 +960,7 @@ def as_latex(text):
 
 def last_box(text):
     r"""What the last \boxed{...} of a text holds, braces matched by counting; None if there is none, or if it does not end."""
+    text = re.sub(r"\\boxed (\d+)(?=\$)", r"\\boxed{\1}", text)       # "$\boxed 2$": two of MATH's own solutions
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1
     for found in re.finditer(r"\\.|[{}]", rest if box else "", re.S):        # \{ is no brace

@@ -56,6 +56,16 @@ def test_a_program_starts_in_the_prompt_and_runs_as_a_whole():
     close(outcomes, [1, 0.1, 1, 0, 0])
 
 
+def test_contradictions_among_answers_of_all_kinds():
+    problems = [{"question": "Which?\na ) 1 , b ) 2", "gold": "b"}, {"question": "Which area?", "gold": r"\boxed{4\pi}"},
+                {"question": "5.0 ) 3", "gold": 5.0}]
+    texts, right = ["x = 1\nTherefore, the answer is: b", r"x = 2 is \boxed{4\pi}", "x = 4\n5"], {"outcomes": torch.ones(3)}
+    for order in itertools.permutations(range(3)):                    # a batch of several files, whichever comes first
+        found = reft.contradictions(right, [texts[i] for i in order], [problems[i] for i in order])
+        assert found == {"contradictions": [i == 0 for i in order]}
+    assert reft.contradictions(right, texts[1:], problems[1:]) == {}
+
+
 def test_choice_pays_nothing_for_a_wrong_letter_and_counts_contradictions(monkeypatch):
     args = dataclasses.replace(ARGS, problems="choice")
     problem = {"gold": "b", "question": "What is 3 + 4?\na ) 5 , b ) 7 , c ) 9 , d ) 1 , e ) 2"}

@@ -60,7 +60,8 @@ def test_a_worker_that_died_is_replaced():
 
 BOXES = [(r"so $\boxed{7}$.", "7"), (r"\boxed{\frac{1}{\sqrt{2}}} and more", r"\frac{1}{\sqrt{2}}"),
          (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-         (r"\boxed{\boxed{3}}", "3"), (r"\boxed{4", None), (r"\boxed{1} and \boxed{4", None), ("no box", None), (r"\boxed{}", "")]
+         (r"\boxed{\boxed{3}}", "3"), (r"\boxed{4", None), (r"\boxed{1} and \boxed{4", None), ("no box", None), (r"\boxed{}", ""),
+         (r"our answer is $\boxed 2$.", "2"), (r"\boxed{1} or $x=\boxed 12$", "12"), (r"the $\boxed{}$, not \boxed 2 of them", "")]
 
 
 @pytest.mark.parametrize("text, inside", BOXES)
@@ -112,6 +113,7 @@ def test_a_wrong_expression_earns_nothing_and_votes_count_equal_ones_together():
 RECORDS = [({"problem": " Find $x$. ", "solution": r"It is $\boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}"},
             r"\frac{1}{2}", True),
            ({"problem": "Find $x$.", "solution": r"It is $\boxed{\frac{1}{2}}$."}, r"\frac{1}{2}", True),         # MATH as released
+           ({"problem": "Find $x$.", "solution": r"Our answer is $\boxed 2$."}, "2", True),        # train/algebra/24014 and 25040
            ({"problem": "Find $x$.", "answer": 27.0, "question": "Find $x$."}, "27", False),                         # AMC 23
            ({"problem": "Find $x$.", "answer": r"Start: \[ s=\boxed{1.6} \mathrm{cm} \]"}, "1.6", True)]             # Minerva
 

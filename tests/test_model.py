@@ -265,6 +265,8 @@ BROKEN = {                                              # what happens to a good
     "word suffix": (edit_model(end_of_word_suffix="</w>"), ["tokenizer.json", "suffix"]),
     "merges missing": (edit_model(merges=["x y"]), ["tokenizer.json", "KeyError", "xy"]),
     "lower case": (edit_tokenizer(normalizer={"type": "Lowercase"}), ["tokenizer.json", "Lowercase"]),
+    "half a start": (edit_tokenizer(post_processor=dict(type="RobertaProcessing", cls=["<s>"], sep=["</s>", 2])),
+                     ["tokenizer.json", "IndexError"]),
     "Metaspace": (edit_tokenizer(pre_tokenizer={"type": "Metaspace"}), ["tokenizer.json", "Metaspace"]),
     "no pre-tokenizer": (edit_tokenizer(pre_tokenizer=None), ["tokenizer.json", "pre-tokenizer none"]),
     "prefix space": (edit_tokenizer(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)),
@@ -304,7 +306,7 @@ BROKEN = {                                              # what happens to a good
 } | {f"{key} {value!r}": (edit_config(**{key: value}), ["config.json", f"{key} is {value!r}"]) for key, values in dict(
     hidden_size=(0, -16, 16.0, "16", True, None, [16]), vocab_size=("320", 0, 10 ** 40), num_hidden_layers=(0, 2.0),
     num_attention_heads=(0, False), num_key_value_heads=(0, "2"), head_dim=(0, 2.5, "4"), intermediate_size=(None, -1),
-    max_position_embeddings=(0, "64"), rms_norm_eps=("1e-5", -1.0, True), rope_theta=("1e4", 0, float("nan")),
+    max_position_embeddings=(0, "64"), rms_norm_eps=("1e-5", -1.0, True), rope_theta=("1e4", 0, 2 ** 63, float("nan")),
     tie_word_embeddings=("true", 1), attention_bias=("no",), mlp_bias=(0,), use_sliding_window=("no",),
     eos_token_id=([], "</s>", 5.0, True, [5, "6"], {}), pad_token_id=("<pad>", [], 1.5),
     bos_token_id=("<s>", [], 1.5), model_type=([],)).items() for value in values}
@@ -783,9 +785,9 @@ def test_prompts_must_fit():
     gpt = small_gpt()
     with pytest.raises(InputError, match="60 prompt tokens and 5 new tokens exceed the context of 64"):
         generate(gpt, [[4] * 60, [4]], 5)
-    for prompts, new in (([[4], []], 5), ([], 5), ([[4]], 0)):
-        with pytest.raises(InputError, match="an empty prompt, or no prompt, or max_new_tokens below 1"):
-            generate(gpt, prompts, new)
+    for prompts, new, group_size in (([[4], []], 5, 1), ([], 5, 1), ([[4]], 0, 1), ([[4]], 5, 0)):
+        with pytest.raises(InputError, match="an empty prompt, or no prompt, or max_new_tokens or group_size below 1"):
+            generate(gpt, prompts, new, group_size=group_size)
     with pytest.raises(InputError, match="65 tokens .* context of 64"):
         gpt(torch.ones(1, 65, dtype=torch.long))
     generate(gpt, [[4] * 60, [4]], 4)
@@ -1002,6 +1004,18 @@ def test_what_does_not_fit_into_memory_is_taken_in_parts(monkeypatch):
         taken.append(max(batches))
         assert taken[-1] == 1 or taken[-1] * cache < free - weights
     assert taken[0] == 1 < taken[1] < taken[2] < taken[3] == 40
+
+
+def test_weights_are_gathered_once_however_many_parts_there_are(monkeypatch):
+    """Processes that share a model must gather as often as one another, and each cuts its rows by its own free memory."""
+    gathered = []
+    monkeypatch.setattr(model, "whole", lambda p: gathered.append(p) or p)
+    gpt, counts = long_gpt(), []
+    for free in 0, math.inf:
+        monkeypatch.setattr(model, "free_memory", lambda device: free)
+        generate(gpt, long_prompts(3), 2, temperature=0)
+        counts.append(len(gathered))
+    assert counts[1] == 2 * counts[0] > 0
 
 
 # ------------------------------------------------------------------------- generate against the forward without a cache

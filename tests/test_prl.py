@@ -585,6 +585,22 @@ def test_entropy_of_a_report_is_that_of_its_tokens():
     assert prl.entropy(policy, problems, Words(), args) == pytest.approx(math.log(policy.config.vocab_size), abs=1e-5)
 
 
+def test_what_is_reported_lies_where_it_is_trained(monkeypatch):
+    """A report's entropy takes a forward pass, and with --shard what is not spread stays on the CPU, far from the tokens."""
+    moved, reported, state = [], [], {"step": 0}
+    monkeypatch.setattr(prl, "prepare", lambda args: (None, None, [], [], []))
+    monkeypatch.setattr(prl, "hard_problems", lambda *_: ([], []))
+    monkeypatch.setattr(prl, "open_run", lambda args: state)
+    monkeypatch.setattr(prl, "warm_up", lambda *_: tiny())
+    monkeypatch.setattr(prl, "load_checkpoint", lambda folder: (tiny(), None))
+    monkeypatch.setattr(prl, "spread", lambda models, args: moved.extend(models))
+    monkeypatch.setattr(prl, "report", lambda policy, *_: reported.append(policy) or {})
+    for name in "keep_best", "save_run", "plot_pass", "summarise", "tell":
+        monkeypatch.setattr(prl, name, lambda *_, **__: None)
+    prl.main(flags(iterations=0))
+    assert len(reported) == 3 and all(any(policy is model for model in moved) for policy in reported)
+
+
 def test_hard_problems_are_longer_and_shared_with_nothing():
     args = flags(train_size=100, eval_size=60, demonstrations=800)
     policy, tokenizer = prl.initial_policy(args)

@@ -492,7 +492,8 @@ def test_evaluate_only_needs_no_training_data_and_takes_whole_files(script, flag
     shutil.copytree(checkpoint, checkpoint := tmp_path / "model")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    files = write(tmp_path / "gsm.jsonl", GSM), write(tmp_path / "reft.json", REFT[:5], "list")
+    long = GSM[0] | {"answer": "0 + 0 = 0\n" * 200 + "#### 0"}                        # a solution that the context would not hold
+    files = write(tmp_path / "gsm.jsonl", [long, *GSM[1:]]), write(tmp_path / "reft.json", REFT[:5], "list")
     command = ["--model", checkpoint, "--eval-data", f"{files[0]},{files[1]}", "--max-new-tokens", "4", "--evaluate-only", *flags]
     result = run(script, tmp_path / "run", *command, tiny=False)
     assert result.returncode == 0, result.stderr
