@@ -637,8 +637,7 @@ def contradictions(data, texts, problems):
     """{"contradictions": which responses choose the right letter after a rationale in words that arrives at another option's
     number: a wrong chain with the right letter earns the full reward}. Nothing where no answer is a letter."""
     def contradicts(text, problem):
-        gold = re.escape(str(problem["gold"]))                       # a letter, or of another file a number or LaTeX
-        option, reached = re.search(rf"\b{gold} \) (\S+)", problem["question"]), re.findall(r"= (\S+)", text)
+        option, reached = re.search(rf"\b{problem['gold']} \) (\S+)", problem["question"]), re.findall(r"= (\S+)", text)
         return bool(option and reached and read_number(reached[-1]) != read_number(option[1]))
 
     lettered = [isinstance(problem["gold"], str) and not is_latex(problem["gold"]) for problem in problems]
