@@ -895,7 +895,7 @@ def initial_policy(args):
 def find_model(name):
     """The folder of a checkpoint: name itself where it is one, else as a hub id (Qwen/Qwen2.5-0.5B, gpt2, ID@REVISION) from
     huggingface_hub's cache, to which it downloads what is missing. InputError where there is neither."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
+    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
         return name                                                  # load_checkpoint says what is wrong with it
     repository, _, revision = name.partition("@")
     try:
@@ -1675,8 +1675,9 @@ def load_run(modules, optimizer, weights, state, args):
 
 
 def resumable(total, every, modules, optimizer, state, args):
-    """Steps 1 .. total, or those that a resumed run has left. Saves every so many (0: each minute), after the last, and when a
-    signal came, which ends the run. A step's number seeds it, so that no random state needs to be kept."""
+    """Steps 1 .. total, or those that a resumed run has left. Saves every so many (0: each minute), after the last, after one whose
+    checkpoint keep_best() has kept, so that model/ is not ahead of the state for long, and when a signal came, which ends the run.
+    A step's number seeds it, so that no random state needs to be kept."""
     if "weights" in state:
         load_run(modules, optimizer, state.pop("weights"), state, args)
         COST["since"] = time.perf_counter()                          # to load it was no training
@@ -1688,7 +1689,8 @@ def resumable(total, every, modules, optimizer, state, args):
         yield step
         state["step"] = step
         number, late = stopped(), summed(torch.tensor(int(time.time() > saved + 60)), "max")
-        if number or step == total or (step % every == 0 if every else late):
+        kept = "best" in state and state["best"]["iteration"] == step
+        if number or kept or step == total or (step % every == 0 if every else late):
             save_run(modules, optimizer, state, args)
             saved = time.time()
         if number:

@@ -283,8 +283,8 @@ def plot_curves(groups, path):
 
 
 def plot_frontier(rows, path):
-    """Accuracy against coverage of the last checkpoints, per cent, with their 95 % intervals over the seeds: a line for each form of
-    the KL through its settings, from the weakest to the strongest."""
+    """Accuracy against coverage of the last checkpoints, per cent, with their 95 % intervals over the seeds: a line for each form
+    of the KL through its settings, from the weakest to the strongest."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     for i, k in enumerate((8, 64)):
         axes = figure.add_subplot(1, 2, i + 1, xlabel="avg@64 on problems like the training's, %", ylabel=f"hard pass@{k}, %")

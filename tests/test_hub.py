@@ -84,6 +84,7 @@ def test_a_hub_id_is_found_in_the_cache(hub, data, tmp_path):
     ("a/b/c", ["a/b/c: no such folder"]),                            # no hub id
     ("./misspelt", ["misspelt"]),
     ("..", ["config.json"]),
+    ("a" * 300, ["no such folder"]),                                 # longer than a name may be
 ])
 def test_what_is_not_to_be_had_is_refused_in_one_line(model, words, hub, data, tmp_path):
     refuse(train(tmp_path / "run", model, data), *words)

@@ -233,6 +233,17 @@ def lines_of(out):
     return len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").exists() else 0
 
 
+def test_the_state_is_saved_with_the_checkpoint_that_is_best(monkeypatch):
+    """Else a killed run might go on to something else, with a model/ of iterations that have never been."""
+    import ppo_reft as reft
+    saved, state = [], {"step": 0}
+    monkeypatch.setattr(reft, "save_run", lambda modules, optimizer, state, args: saved.append(state["step"]))
+    for step in reft.resumable(7, 5, {}, None, state, reft.Args()):
+        if step in (2, 3, 6):
+            state["best"] = {"iteration": step}
+    assert saved == [0, 2, 3, 5, 6, 7]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path):
     whole_run("ppo_reft", "reft", folder / "ppo_reft-reft")
