@@ -367,7 +367,7 @@ def online_st_loss(policy, micro, minibatch):
 
 
 def online_st_update(policy, batch, data, optimizer, args):
-    """Online self-training: passes over the rollout's right samples and the demonstrations of its questions."""
+    """Online self-training: passes over the rollout's right samples and the demonstrations of its questions, a step each."""
     rollouts = zip(data["tokens"].tolist(), data["response_mask"].tolist(), data["outcomes"].tolist())
     rows = [(tokens, [False] + mask) for tokens, mask, outcome in rollouts if outcome == 1]
     mixed = pack(rows + [sft_row(p) for p in batch], policy)
