@@ -268,17 +268,23 @@ def write_claims():
 # ---- figures -----------------------------------------------------------------------------------------------------------------
 
 def plot_curves(groups, path):
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="iteration", ylabel="accuracy on the dev split", ylim=(0, 1))
-    for name, runs in groups.items():
-        if runs[0]["dev"]:
-            xs = [x for x, _ in runs[0]["dev"]]
-            columns = list(zip(*([y for _, y in r["dev"]] for r in runs)))
-            line, = axes.plot(xs, [statistics.mean(c) for c in columns], label=f"{name} ({len(runs)} seeds)")
-            axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.1)
-            for run in runs:                                         # a mean of seeds that learn and seeds that do not is neither
-                axes.plot(*zip(*run["dev"]), color=line.get_color(), linewidth=0.5, alpha=0.5)
-    axes.legend()
+    """A panel for each group of runs: each seed, for a mean of seeds that learn and seeds that do not is neither, the mean, the
+    range."""
+    groups = {name: runs for name, runs in groups.items() if runs[0]["dev"]}
+    columns = min(4, len(groups))
+    figure = Figure(figsize=(1 + 2.6 * columns, 2.5 * math.ceil(len(groups) / columns)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(groups) / columns), columns, sharey=True, squeeze=False).flatten()
+    for axes, (name, runs) in zip(panels, groups.items()):
+        xs, curves = [x for x, _ in runs[0]["dev"]], [[100 * y for _, y in run["dev"]] for run in runs]
+        at = list(zip(*curves))
+        axes.plot(xs, list(zip(*curves)), color="C0", linewidth=0.5)
+        axes.plot(xs, [statistics.mean(values) for values in at], color="C0", linewidth=2)
+        axes.fill_between(xs, list(map(min, at)), list(map(max, at)), alpha=0.15)
+        axes.set(title=f"{name}: {len(runs)} seeds", ylim=(0, 102))
+    for axes in panels[len(groups):]:
+        axes.set_axis_off()
+    figure.supxlabel("iteration")
+    figure.supylabel("dev accuracy, %")
     figure.savefig(path, dpi=100)
 
 
