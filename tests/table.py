@@ -181,7 +181,8 @@ def claim_rows(claims):
               f"({', '.join(map(str, gate['found']['failed']))})"
               for gate in claims["gates"] if gate["found"]["failed"]]
     tried = sum(gate["found"]["seeds"] > 0 for gate in claims["gates"])
-    return "\n".join(lines + ["", f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {'; '.join(failed) or 'none'}."])
+    return "\n".join([*lines, "", f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {len(failed) or 'none'}.", ""]
+                     + [f"- {text}" for text in failed])
 
 
 def evidence():
@@ -236,7 +237,7 @@ def mean_frontiers(rows):
                   for metric in ("last_avg@64", "last_hard_pass@8", "last_hard_pass@64")} for arm in arms]
         numbers = [100 * frontier([(mean["last_avg@64"], mean[f"last_hard_pass@{k}"]) for mean in means]) for k in (8, 64)]
         found.append(f"{form} ({len(arms)} settings) {numbers[0]:.1f} and {numbers[1]:.1f}")
-    return ["", "Frontiers of the means over seeds, of hard pass@8 and pass@64, not registered: " + "; ".join(found) + "."]
+    return ["", "Frontiers of the means over seeds, of hard pass@8 and pass@64, not registered:", "; ".join(found) + "."]
 
 
 def marks(name):
