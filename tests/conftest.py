@@ -1,7 +1,7 @@
 """Puts the repository's root on the path; without a GPU the Triton kernels run in Triton's interpreter.
 
 Tests marked `cuda` need a GPU and are skipped where there is none: `python -m pytest -m cuda` runs them alone. If pytest-xdist is
-installed the whole suite runs two files at a time; `-n 0` or the name of a file: one by one.
+installed the whole suite runs three files at a time; `-n 0` or the name of a file: one by one.
 """
 import os
 import sys
@@ -30,7 +30,7 @@ def pytest_cmdline_main(config):
     unsaid = getattr(option, "numprocesses", 0) is None              # pytest-xdist is there, and no -n
     if unsaid and not worker and not option.file_or_dir and not option.usepdb:
         # by file: a fixture of a file is made once, and the runs that tests of test_scripts.py compare with are run once
-        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
+        option.numprocesses, option.dist, option.loadscopereorder = 3, "loadfile", False
 
 
 def pytest_collection_modifyitems(items):

@@ -904,6 +904,7 @@ def test_the_example_for_a_checkpoint_works_as_printed(script, tmp_path):
         write(tmp_path / name, GSM)
     words = re.search(rf"^    python {script}.py (--model FOLDER .*)$", (ROOT / f"{script}.py").read_text(), re.M)[1].split()
     flags = [str(tmp_path / word) if word[0] != "-" else word for word in words]
+    flags += ["--samples", "2"] if script == "prl" else []
     result = run(script, tmp_path / "run", *flags, "--iterations", "1", "--batch-size", "1",
                  "--train-size", "2", "--eval-size", "1", tiny=False)
     assert result.returncode == 0, result.stderr
