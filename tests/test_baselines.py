@@ -77,9 +77,6 @@ def test_choice_pays_nothing_for_a_wrong_letter_and_counts_contradictions(monkey
         words.decode = lambda ids, left=iter(said): next(left)
         log = reft.rollout(policy, policy, ref, [problem | {"prompt": [5]}] * 4, words, TOY)[1]
         assert log["contradictions"] == share                                           # of the rollouts that earn 1
-    mixed = [problem, {"gold": "\\boxed{\\frac{1}{2}}", "question": "What is 3 / 6?"}, {"gold": 7.0, "question": "What is 3 + 4?"}]
-    found = reft.contradictions({"outcomes": torch.ones(3)}, texts[1:2] * 3, mixed)      # --eval-data of several kinds
-    assert found == {"contradictions": [True, False, False]}
 
 
 # ---- voting and reranking ----------------------------------------------------------------------------------------------------
