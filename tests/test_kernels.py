@@ -647,12 +647,12 @@ def test_compile_does_not_break_the_graph(path, tiny_tiles):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for N in (5, 7, 6) if path == "triton" else (5,):   # the plain path is unrolled over its chunks
+    for N in (5, 7, 6):
         x, W = normal(N, 8).requires_grad_(), normal(37, 8, seed=1).requires_grad_()
         fixed = tokens(N, 37), normal(N, 8, seed=2), normal(N, 37, seed=3)
         eager, ours = (torch.autograd.grad(f(x, W, *fixed), (x, W)) for f in (loss, compiled))
         assert all((a - b).abs().max() <= 1e-5 for a, b in zip(eager, ours))
-    if path == "triton":
+    if path == "triton":                        # the plain path is unrolled over its chunks
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 

@@ -1070,15 +1070,16 @@ def test_greedy_tokens_are_the_most_likely_of_the_uncached_forward(family, heads
 def test_tokens_are_drawn_with_the_log_probs_of_the_uncached_forward(family, rows, temperature, device, fused, monkeypatch):
     """In three calls with other tensors and a training step between them; rows end at all sorts of steps."""
     gpt = long_gpt(device, family)
-    gpt.config.eos_id = -1 if rows == 1 else 0          # a single row goes on to the end
+    # a single row goes on to the end; others end by a token that is drawn in about one place in a hundred
+    gpt.config.eos_id = -1 if rows == 1 else {"gpt2": 10}.get(family, 0)
     take_kernels(fused, monkeypatch)
     prompts = long_prompts(min(rows, dict(cpu=100, cuda=300)[device]))
-    optimizer, lengths = torch.optim.SGD(gpt.parameters(), 0.01), set()
+    optimizer = torch.optim.SGD(gpt.parameters(), 0.01)
     for seed in range(3):
         litter(device)
         torch.manual_seed(seed)
         tokens, mask, logprobs = generate(gpt, prompts, dict(cpu=40, cuda=290)[device], temperature)
-        lengths |= set(mask.sum(1).tolist())
+        assert rows == 1 or len(mask.sum(1).unique()) > 5
 
         recomputed = (uncached_logits(gpt, tokens) / temperature).log_softmax(-1)
         entropy = -(recomputed.exp() * recomputed).sum(-1)[mask]
@@ -1092,7 +1093,6 @@ def test_tokens_are_drawn_with_the_log_probs_of_the_uncached_forward(family, row
         F.cross_entropy(gpt.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    assert rows == 1 or len(lengths) > 5
 
 
 @pytest.mark.parametrize("device", [CUDA])
