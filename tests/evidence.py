@@ -4,7 +4,7 @@
     python tests/evidence.py score --jobs 16 --minutes 9 --commit ID   on another machine, from a copy of the tree without .git
     python tests/evidence.py r3 --seeds 300 --only base,r3-8 --out pilot.json --runs runs/pilot
 
-Arms run in the order of ARMS, the most telling first, each for all seeds before the next. All arms of a seed start from the
+A name behind the script's, as in score-2, is that of another design for it, registered apart. Arms run in the order of ARMS, the most telling first, each for all seeds before the next. All arms of a seed start from the
 warm-up of its run "base", those with --warmup-epochs of their own excepted. A run is one process with one thread. A row is that of
 tests/table.py, with the arm and a digest of the code. After each run the file is whole: what it holds already is skipped,
 and what was stopped (Ctrl-C, SIGTERM, --minutes) goes on from the run's folder the next time. Rows of two states of the code are
@@ -21,11 +21,16 @@ import sys
 import time
 from pathlib import Path
 
-from table import read
+from table import read, value
 
 ROOT = Path(__file__).parent.parent
 
-# {script: {arm: (how many seeds, flags)}}
+# Of ppo_reft-svamp, for a GPU: what sft and reft have in common, then 216 iterations of 512 rows, 40 epochs, and 100 of rollouts
+SVAMP = "--batch-size 256 --micro-batch-size 64 --max-new-tokens 128 --save-every 1000"
+SFT = f"{SVAMP} --method sft --minibatch-size 64 --iterations 216 --eval-every 18"
+REFT = f"{SVAMP} --minibatch-size 256 --iterations 100 --eval-every 10 --vf-coef 1"
+
+# {script, or script-design: {arm: (how many seeds, flags)}}
 ARMS = {
     "ppo_reft": {
         "base": (16, "--iterations 0"),
@@ -94,30 +99,63 @@ ARMS = {
         "end": (8, "--eta 3 --anchor end"),
         "raft": (8, "--method raft"),
     },
+    "ppo_reft-svamp": {
+        "base": (6, f"{SVAMP} --warmup-epochs 3 --warmup-batch-size 32 --warmup-lr 2e-4 --iterations 0"),
+        "sft-1e-4": (6, f"{SFT} --lr 1e-4"),
+        "sft-2e-5": (6, f"{SFT} --lr 2e-5"),
+        "reft-1e-5": (6, f"{REFT} --lr 1e-5"),
+        "reft-3e-6": (6, f"{REFT} --lr 3e-6"),
+        "kl-0-1e-5": (6, f"{REFT} --lr 1e-5 --kl-coef 0"),
+        "kl-0-3e-6": (6, f"{REFT} --lr 3e-6 --kl-coef 0"),
+    },
+    "r3-2": {
+        "base": (16, "--warmup-epochs 2 --iterations 0"),
+        "r3-8": (16, ""),
+        "rl-8": (16, "--method rl"),
+        "rl-6": (16, "--operations-low 6 --operations-high 6 --method rl"),
+        "r3-4": (16, "--operations-low 4 --operations-high 4"),
+        "rl-4": (16, "--operations-low 4 --operations-high 4 --method rl"),
+    },
+    "score-2": {
+        "base": (16, "--warmup-epochs 8 --method base"),
+        "score": (16, ""),
+        "multi-turn": (16, "--method multi-turn"),
+        "star": (16, "--method star"),
+        "pair-sft": (16, "--method pair-sft"),
+    },
 }
 
 
 def digest(script):
     """A hash of the code that makes a run; a test compares it with that of the row's commit."""
-    files = [ROOT / f"{script}.py", ROOT / "model.py", *sorted((ROOT / "kernels").glob("*.py"))]
+    files = [ROOT / f"{script.partition('-')[0]}.py", ROOT / "model.py", *sorted((ROOT / "kernels").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def command(script, arm, seed, also, runs):
+def command(script, arm, seed, device, also, runs):
     """The command of a run, whose folder may hold a part of it."""
-    out, flags = runs / f"{arm}-s{seed}", f"{ARMS[script][arm][1]} {also}".split()
+    out, flags = runs / f"{arm}-s{seed}", [*ARMS[script][arm][1].split(), *shlex.split(also)]
     if arm != "base" and "--warmup-epochs" not in ARMS[script][arm][1]:
         flags += ["--model", runs / f"base-s{seed}/warmup", "--warmup-epochs", "0"]
     flags += ["--resume"] if (out / "state.pt").exists() else []
-    return [sys.executable, ROOT / f"{script}.py", "--seed", seed, "--device", "cpu", "--out", out, *flags]
+    script = ROOT / f"{script.partition('-')[0]}.py"
+    return [sys.executable, script, "--seed", seed, "--device", device, "--out", out, *flags]
 
 
-def start(script, arm, seed, also, runs):
+def start(script, arm, seed, device, also, runs):
     """The process of a run; what it prints goes to a file beside its folder."""
-    argv = list(map(str, command(script, arm, seed, also, runs)))
+    argv = list(map(str, command(script, arm, seed, device, also, runs)))
     with open(runs / f"{arm}-s{seed}.txt", "a") as printed:
         print(shlex.join(argv), file=printed, flush=True)
         return subprocess.Popen(argv, stdout=printed, stderr=printed, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def passing(script, rows):
+    """The seeds, in order, whose base passes all gates of results/claims.json that look at it."""
+    gates = [gate for gate in json.loads((ROOT / "results/claims.json").read_text())["gates"]
+             if gate["script"] == script and gate["arm"] == "base"]
+    return sorted(row["seed"] for row in rows if row["arm"] == "base"
+                  and all(gate["low"] <= value(row, gate["metric"]) <= gate["high"] for gate in gates))
 
 
 def keep(rows, path):
@@ -135,7 +173,7 @@ def run_all(args, todo, rows, code):
             ready = [job for job in todo if job[0] == "base" or job[1] in warm]
             while ready and len(running) < args.jobs:
                 todo.remove(job := ready.pop(0))
-                running[job] = start(args.script, *job, args.also, args.runs)
+                running[job] = start(args.script, *job, args.device, args.also, args.runs)
             if not running or time.time() > ends:
                 break
             time.sleep(0.2)
@@ -162,10 +200,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=ARMS)
     parser.add_argument("--seeds", default="100-115", help="first and last, or one; an arm of 8 takes the first 8")
+    parser.add_argument("--gated", action="store_true", help="instead: the seeds whose base, in --out, passes its gates")
     parser.add_argument("--only", help="arms, joined by commas; base, which the others need, among them unless it is in --runs")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
-    parser.add_argument("--also", default="", help="flags for all runs: for trials of this script, not for what is registered")
+    parser.add_argument("--also", default="", help="flags for all runs: a checkpoint and data for the arms of a pretrained model")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--commit", help="where the tree is a copy without .git: the commit that it is a copy of")
     parser.add_argument("--out", type=Path, help="default: results/evidence-SCRIPT.json")
     parser.add_argument("--runs", type=Path, help="folder of the runs, default: runs/evidence-SCRIPT")
@@ -178,6 +218,7 @@ def main():
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     if any(row["code"] != code for row in rows):
         sys.exit(f"{args.out}: holds rows of another state of the code than {code}")
+    seeds = passing(args.script, rows) if args.gated else seeds
     arms = args.only.split(",") if args.only else list(ARMS[args.script])
     done = {(row["arm"], row["seed"]) for row in rows}
     todo = [(arm, seed) for arm in arms for seed in seeds[:ARMS[args.script][arm][0]] if (arm, seed) not in done]

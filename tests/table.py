@@ -220,11 +220,11 @@ def cell(rows, metric):
 
 def arm_rows(script, rows):
     """README's table of the arms of a script, in Markdown."""
-    arms = dict.fromkeys(row["arm"] for row in rows)
-    lines = ["| arm | seeds | " + " | ".join(COLUMNS[script]) + " |", "|---" * (len(COLUMNS[script]) + 2) + "|"]
+    arms, columns = dict.fromkeys(row["arm"] for row in rows), COLUMNS[script.partition("-")[0]]
+    lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for arm in arms:
         mine = [row for row in rows if row["arm"] == arm]
-        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cell(mine, metric) for metric in COLUMNS[script].values()) + " |")
+        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cell(mine, metric) for metric in columns.values()) + " |")
     return "\n".join(lines + mean_frontiers(rows) * (script == "prl"))
 
 

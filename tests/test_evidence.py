@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import evidence
-import r3
 import table
 from processes import ROOT, fork, run_script
 
@@ -133,7 +132,7 @@ def test_claims_name_registered_arms_and_cover_the_four_pages():
 def test_the_registration_lists_every_arm_comparison_and_gate():
     text = (ROOT / "results/PREREGISTRATION.md").read_text()
     for script, arms in evidence.ARMS.items():
-        section = text.partition(f"## {script}.py")[2].partition("\n## ")[0]
+        section = text.partition(f"\n## {script}" + (":" if "-" in script else ".py\n"))[2].partition("\n## ")[0]
         listed = dict((arm, (int(seeds), flags))
                       for arm, seeds, flags in re.findall(r"^\| `([\w.-]+)` \| (\d+) \| `([^`]*)`", section, re.M))
         assert listed == {arm: (seeds, flags or "-") for arm, (seeds, flags) in arms.items()}, script
@@ -179,7 +178,7 @@ def digest_at(script, commit):
     try:
         kernels = sorted(name for name in git("ls-tree", "--name-only", commit, "kernels/").decode().split()
                          if name.endswith(".py"))
-        texts = [git("show", f"{commit}:{name}") for name in (f"{script}.py", "model.py", *kernels)]
+        texts = [git("show", f"{commit}:{name}") for name in (f"{script.partition('-')[0]}.py", "model.py", *kernels)]
     except (OSError, subprocess.CalledProcessError):
         return None
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
@@ -262,6 +261,6 @@ def test_the_driver_keeps_what_is_done_and_goes_on_after_sigterm(drive, tmp_path
 def test_arms_are_accepted_by_their_script(monkeypatch):
     monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))        # parsed once a script, not once an arm
     for script, arms in evidence.ARMS.items():
-        module = r3 if script == "r3" else __import__(script)
+        module = __import__(script.partition("-")[0])
         for flags in [flags for _, flags in arms.values()]:
             module.parse_args([*flags.split(), "--device", "cpu"])
