@@ -4,11 +4,11 @@
     python tests/evidence.py score --jobs 16 --minutes 9 --commit ID   on another machine, from a copy of the tree without .git
     python tests/evidence.py r3 --seeds 300 --only base,r3-8 --out pilot.json --runs runs/pilot
 
-A name behind the script's, as in score-2, is that of another design for it, registered apart. Arms run in the order of ARMS, the most telling first, each for all seeds before the next. All arms of a seed start from the
-warm-up of its run "base", those with --warmup-epochs of their own excepted. A run is one process with one thread. A row is that of
-tests/table.py, with the arm and a digest of the code. After each run the file is whole: what it holds already is skipped,
-and what was stopped (Ctrl-C, SIGTERM, --minutes) goes on from the run's folder the next time. Rows of two states of the code are
-not put into one file.
+A name behind the script's, as in score-2, is that of another design for it, registered apart. Arms run in the order of ARMS, the
+most telling first, each for all seeds before the next. All arms of a seed start from the warm-up of its run "base", those with
+--warmup-epochs of their own excepted. A run is one process with one thread. A row is that of tests/table.py, with the arm and a
+digest of the code. After each run the file is whole: what it holds already is skipped, and what was stopped (Ctrl-C, SIGTERM,
+--minutes) goes on from the run's folder the next time. Rows of two states of the code are not put into one file.
 """
 import argparse
 import hashlib

@@ -3,14 +3,15 @@
 To start an interpreter for each of some eighty runs would take minutes, and a fork of the tests' own process is of no use once
 CUDA or autograd have threads in it. So one clean process loads what the scripts need, and each run is a fork of that.
 """
+import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
 import threading
+import types
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -29,11 +30,22 @@ torch.set_num_threads(1)                               # no pool of threads may 
 torch.optim.AdamW([torch.zeros(1)])                    # loads what an optimiser loads late, once for all forks
 
 
+@functools.cache
+def code_of(path):
+    return compile(path.read_text(), path, "exec")
+
+
+for name in SCRIPTS:                                   # once for all forks
+    code_of(ROOT / f"{name}.py")
+
+
 def run_script(script, argv, folder, environment, files, pictures):
     """What a forked process does: as `python script.py argv` in that folder and environment, with stdout and stderr in files.
-    Without pictures the files that it draws stay empty: to draw them takes longer than all the rest of a small run."""
+    Without pictures nothing is drawn, and their files stay empty: to draw takes longer than all the rest of a small run."""
     if not pictures:
-        Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"")
+        axes = mock.MagicMock()
+        axes.plot.return_value = [axes]
+        Figure.add_subplot, Figure.savefig = lambda *_, **__: axes, lambda figure, path, **_: Path(path).write_bytes(b"")
     for stream, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(folder)
@@ -41,7 +53,9 @@ def run_script(script, argv, folder, environment, files, pictures):
     os.environ.update(environment | NO_GPU)
     tqdm.set_lock(threading.RLock())                   # not the one of all forks, which a child killed at the wrong moment keeps
     sys.argv = [f"{script}.py", *argv]
-    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    main.__file__ = str(path := ROOT / f"{script}.py")
+    exec(code_of(path), vars(main))
 
 
 def fork(target, *arguments):
