@@ -3,6 +3,7 @@
 Tests marked `cuda` need a GPU and are skipped where there is none: `python -m pytest -m cuda` runs them alone. If pytest-xdist is
 installed the whole suite runs three files at a time; `-n 0` or the name of a file: one by one.
 """
+import gc
 import os
 import sys
 from pathlib import Path
@@ -38,3 +39,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    gc.freeze()                               # a collection need not go through all modules and items again and again

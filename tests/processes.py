@@ -4,6 +4,7 @@ To start an interpreter for each of some eighty runs would take minutes, and a f
 CUDA or autograd have threads in it. So one clean process loads what the scripts need, and each run is a fork of that.
 """
 import functools
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -48,6 +49,7 @@ def run_script(script, argv, folder, environment, files, pictures):
         Figure.add_subplot, Figure.savefig = lambda *_, **__: axes, lambda figure, path, **_: Path(path).write_bytes(b"")
     for stream, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
+    gc.freeze()                                        # what was loaded before the fork is not looked through again
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment | NO_GPU)

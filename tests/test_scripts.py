@@ -899,7 +899,11 @@ def test_the_example_for_a_checkpoint_works_as_printed(script, tmp_path):
     tokenizer = Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
     config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_len=4096,
                        eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    save_checkpoint(tmp_path / "FOLDER", GPT(config), tokenizer)
+    gpt = GPT(config)
+    with torch.no_grad():                                            # so that a response ends soon
+        gpt.embed += 0.3
+        gpt.embed[config.eos_id] = 0.45
+    save_checkpoint(tmp_path / "FOLDER", gpt, tokenizer)
     for name in "train.jsonl", "test.jsonl":
         write(tmp_path / name, GSM)
     words = re.search(rf"^    python {script}.py (--model FOLDER .*)$", (ROOT / f"{script}.py").read_text(), re.M)[1].split()
