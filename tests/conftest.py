@@ -43,3 +43,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()                               # a collection need not go through all modules and items again and again
+
+
+def pytest_unconfigure():
+    gc.unfreeze()                             # what looks for leaks at the end finds none
