@@ -1990,7 +1990,8 @@ def show(record, state, args):
             parts.append(f"\033[31m{text}\033[0m" if key == "truncated" and value > 0.2 and red else text)
     spent = state["seconds"] + state["phases"]["evaluate"] + state["phases"]["save"]
     left = spent / record["iteration"] * (args.iterations - record["iteration"])
-    say("  ".join(parts) + f"  {record['tokens_per_second']:.0f} tok/s  ETA {left // 60:.0f}:{left % 60:02.0f}")
+    parts += [f"{record['tokens_per_second']:.0f} tok/s"] if "tokens_per_second" in record else []
+    say("  ".join(parts) + f"  ETA {left // 60:.0f}:{left % 60:02.0f}")
 
 
 def finish_iteration(log, iteration, state, args):
@@ -1999,8 +2000,8 @@ def finish_iteration(log, iteration, state, args):
     for name, value in (("seconds", seconds), ("tokens", log.get("tokens", 0)), ("rollouts", log.get("rollouts", 0))):
         state[name] += value
     state["flat"] = state["flat"] + 1 if log.get("no_signal") == 1 else 0
-    record = {"event": "iteration", "iteration": iteration} | log | {
-        "seconds": seconds, "phases": phases, "tokens_per_second": log.get("tokens", 0) / seconds}
+    record = {"event": "iteration", "iteration": iteration} | log | {"seconds": seconds, "phases": phases}
+    record |= {"tokens_per_second": log["tokens"] / seconds} if "tokens" in log else {}             # sampled ones
     write_log(record, state, args)
     show(record, state, args)
     if state["flat"] and state["flat"] % 10 == 0:

@@ -693,6 +693,10 @@ def test_seconds_by_phase(tmp_path, capsys):
     assert record["tokens_per_second"] == pytest.approx(6 / record["seconds"], rel=1e-4)
     bill = reft.bill(state)
     assert bill["rollouts_per_second"] == pytest.approx(2 / record["seconds"], rel=0.01) and "mfu" not in bill
+    reft.finish_iteration({"loss": 0.5}, 2, state, reft.Args(out=str(tmp_path)))                 # supervised: nothing is sampled
+    assert "tokens_per_second" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])
+    first, second = capsys.readouterr().out.splitlines()
+    assert " tok/s  ETA " in first and "tok/s" not in second and "loss 0.5  ETA " in second
 
 
 @pytest.mark.parametrize("script, method", [case for case in CASES if case[1] in OWN])
