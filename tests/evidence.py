@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from table import read, value
+from table import holds, read, value
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +109,7 @@ ARMS = {
         "kl-0-3e-6": (6, f"{REFT} --lr 3e-6 --kl-coef 0"),
     },
     "r3-2": {
-        "base": (16, "--warmup-epochs 2 --iterations 0"),
+        "base": (24, "--iterations 0"),                              # of which sixteen that pass their gates go on: --gated
         "r3-8": (16, ""),
         "rl-8": (16, "--method rl"),
         "rl-6": (16, "--operations-low 6 --operations-high 6 --method rl"),
@@ -155,7 +155,7 @@ def passing(script, rows):
     gates = [gate for gate in json.loads((ROOT / "results/claims.json").read_text())["gates"]
              if gate["script"] == script and gate["arm"] == "base"]
     return sorted(row["seed"] for row in rows if row["arm"] == "base"
-                  and all(gate["low"] <= value(row, gate["metric"]) <= gate["high"] for gate in gates))
+                  and all(holds(gate, value(row, gate["metric"])) for gate in gates))
 
 
 def keep(rows, path):

@@ -100,7 +100,7 @@ def value(row, metric):
     """A number of a row: of after training, "before." in front: of the warm-up; "a - b": a difference of two."""
     first, _, second = metric.partition(" - ")
     moment, name = ("before", first[7:]) if first.startswith("before.") else ("after", first)
-    return row[moment][name] - (value(row, second) if second else 0)
+    return row[moment][name] - value(row, second) if second else row[moment][name]
 
 
 def frontier(points, low=0.95):
@@ -133,6 +133,11 @@ def differences(claim, rows):
     return {seed: sum(sign * number(arms, seed) for arms, sign in sides) for seed in sorted(seeds)}
 
 
+def holds(gate, x):
+    """Whether a number that a gate looks at lies within it; None, of no cases, does not."""
+    return x is not None and gate["low"] <= x <= gate["high"]
+
+
 def judge(claims, evidence):
     """Fills in what the rows {script: [...]} say of each claim and each gate. A claim without arms was not tried; one without
     rows was not run. `comparisons`: how many claims the rows of its script are asked about."""
@@ -149,8 +154,7 @@ def judge(claims, evidence):
             found = differences(gate, evidence.get(gate["script"], []))
         else:
             found = {row["seed"]: value(row, gate["metric"]) for row in rows}
-        gate["found"] = {"seeds": len(found), "failed": sorted(seed for seed, x in found.items()
-                                                                if x is None or not gate["low"] <= x <= gate["high"])}
+        gate["found"] = {"seeds": len(found), "failed": sorted(seed for seed, x in found.items() if not holds(gate, x))}
     return claims
 
 

@@ -103,6 +103,14 @@ def test_judging_counts_comparisons_and_names_seeds_that_fail_a_gate():
     assert judged["gates"][1]["found"] == {"seeds": 8, "failed": [6, 7]}
 
 
+def test_seeds_that_pass_all_gates_of_their_base_go_on():
+    row = lambda seed, changed, mended, delta=0.0, arm="base": {
+        "arm": arm, "seed": seed, "before": {"sampled_changed": changed, "sampled_mended": mended}, "after": {"delta": delta}}
+    rows = [row(9, 0.1, 0.2), row(3, 0.1, 0.2), row(4, 0.2, 0.2), row(5, 0.1, None), row(6, 0.1, 0.2, 0.02),
+            row(7, 0.1, 0.2, arm="star")]
+    assert evidence.passing("score-2", rows) == [3, 9] and evidence.passing("score-2", rows[2:]) == []
+
+
 def test_a_verdict_on_a_part_of_the_seeds_says_so():
     claim = {"script": "r3", "paper": "R3", "id": "C1", "claim": "c", "paper_number": "-", "compared": "d",
              "a": "r3-8", "b": "rl-12", "metric": "accuracy", "expect": ">"}
