@@ -1697,7 +1697,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"error: {message}")
-    texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    source = Path(__file__).read_text(encoding="utf-8").partition("class Args:")[2].partition("\n\n\n")[0]
+    texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind

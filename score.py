@@ -422,7 +422,7 @@ def trace_update(policy, ref, train, optimizer, iteration, state, tokenizer, arg
     rounds, length = 1 if "pair" in args.method else args.rounds, args.iterations - before
     starts = [before + 1 + length * i // rounds for i in range(rounds)] + [args.iterations + 1]
     start, end = max((a, b) for a, b in zip(starts, starts[1:]) if a <= iteration < b)
-    log = {"tokens": 0}
+    log = {}
     if iteration == start:
         batches = [draw(train, args.batch_size, i, args.seed) for i in range(start, end)]
         traces, log = draw_traces(policy, batches, tokenizer, args)
@@ -2104,7 +2104,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"error: {message}")
-    texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    source = Path(__file__).read_text(encoding="utf-8").partition("class Args:")[2].partition("\n\n\n")[0]
+    texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind

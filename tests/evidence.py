@@ -30,6 +30,8 @@ SVAMP = "--batch-size 256 --micro-batch-size 64 --max-new-tokens 128 --save-ever
 SFT = f"{SVAMP} --method sft --minibatch-size 64 --iterations 216 --eval-every 18"
 REFT = f"{SVAMP} --minibatch-size 256 --iterations 100 --eval-every 10 --vf-coef 1"
 
+FIRST = {"r3-2": 400, "score-2": 400}                                # the first seed of a script or design; else 100
+
 # {script, or script-design: {arm: (how many seeds, flags)}}
 ARMS = {
     "ppo_reft": {
@@ -199,7 +201,7 @@ def run_all(args, todo, rows, code):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=ARMS)
-    parser.add_argument("--seeds", default="100-115", help="first and last, or one; an arm of 8 takes the first 8")
+    parser.add_argument("--seeds", help="first and last, or one; an arm of 8 takes the first 8; default: those registered")
     parser.add_argument("--gated", action="store_true", help="instead: the seeds whose base, in --out, passes its gates")
     parser.add_argument("--only", help="arms, joined by commas; base, which the others need, among them unless it is in --runs")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
@@ -213,12 +215,16 @@ def main():
     args.out = args.out or ROOT / f"results/evidence-{args.script}.json"
     args.runs = args.runs or ROOT / f"runs/evidence-{args.script}"
     args.runs.mkdir(parents=True, exist_ok=True)
-    first, _, last = args.seeds.partition("-")
-    seeds, code = range(int(first), int(last or first) + 1), digest(args.script)
+    start_at, code = FIRST.get(args.script, 100), digest(args.script)
+    first, _, last = (args.seeds or f"{start_at}-{start_at + 99}").partition("-")
+    seeds = range(int(first), int(last or first) + 1)
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     if any(row["code"] != code for row in rows):
         sys.exit(f"{args.out}: holds rows of another state of the code than {code}")
-    seeds = passing(args.script, rows) if args.gated else seeds
+    if args.gated:
+        missing, seeds = ARMS[args.script]["base"][0] - sum(row["arm"] == "base" for row in rows), passing(args.script, rows)
+        if missing:
+            sys.exit(f"{args.out}: --gated goes by all bases, and {missing} are not there yet")
     arms = args.only.split(",") if args.only else list(ARMS[args.script])
     done = {(row["arm"], row["seed"]) for row in rows}
     todo = [(arm, seed) for arm in arms for seed in seeds[:ARMS[args.script][arm][0]] if (arm, seed) not in done]

@@ -33,7 +33,7 @@ torch.optim.AdamW([torch.zeros(1)])                    # loads what an optimiser
 
 @functools.cache
 def code_of(path):
-    return compile(path.read_text(), path, "exec")
+    return compile(path.read_bytes(), path, "exec")
 
 
 for name in SCRIPTS:                                   # once for all forks

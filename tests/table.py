@@ -24,7 +24,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-                    2.201, 2.179, 2.160, 2.145, 2.131), 2))   # 97.5 % points
+                    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+                    2.080, 2.074, 2.069), 2))            # 97.5 % points, by number of values
 HIDDEN = ("response_length", "unparsed", "truncated")
 MARGIN = 0.03                                            # of a claim that two are equal
 TIE = 1e-6                                               # shares of problems that are equal, one of them rounded to fp32
@@ -45,6 +46,7 @@ def read(path):
     log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
     curve = [(r["iteration"], r["dev_accuracy"]) for r in log if "dev_accuracy" in r]
     flags = {k: v for k, v in info["args"].items() if k not in ("out", "model")}
+    flags |= {k: ",".join(Path(name).name for name in flags[k].split(",")) for k in ("train_data", "eval_data") if k in flags}
     total = {"total_tokens": record["total_tokens"] for record in log if "total_tokens" in record}           # the last one
     sampled = [r for r in log if r["event"] == "iteration" and "accuracy" in r]
     for k in ("accuracy", "contradictions", "stage_accuracy"):
@@ -263,10 +265,10 @@ def write_claims():
     readme.write_text(text)
     for script, found in rows.items():
         picture = ROOT / f"results/evidence-{script}.png"
+        arms = list(dict.fromkeys(row["arm"] for row in found if len(row["dev"]) > 1))[:6]
         if script == "prl":
             plot_frontier(found, picture)
-        else:
-            arms = list(dict.fromkeys(row["arm"] for row in found if len(row["dev"]) > 1))[:6]
+        elif arms:                                                   # a file may hold bases only, which have no curve
             plot_curves({arm: [row for row in found if row["arm"] == arm] for arm in arms}, picture)
 
 

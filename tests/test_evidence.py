@@ -176,6 +176,13 @@ def test_rows_that_count_are_of_one_clean_commit():
         assert len({(row["arm"], row["seed"]) for row in rows}) == len(rows), script
         assert all(row["clean"] is not False for row in rows), script          # None: made from a copy without .git
         assert digest_at(script, rows[0]["commit"]) in (rows[0]["code"], None), script
+        most = max(seeds for seeds, _ in evidence.ARMS[script].values())
+        for row in rows:
+            flags = evidence.ARMS[script][row["arm"]][1].split()
+            asked = __import__(script.partition("-")[0]).parse_args([*flags, "--device", "cpu"])
+            names = [flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+            assert all(row["args"][name] == getattr(asked, name) for name in names), (script, row["arm"], row["seed"])
+            assert 0 <= row["seed"] - evidence.FIRST.get(script, 100) < most, (script, row["arm"], row["seed"])
 
 
 def digest_at(script, commit):

@@ -638,8 +638,9 @@ def test_the_short_style_is_right_on_short_chains_alone_and_the_whole_one_in_par
 
 
 def test_base_is_an_evaluation_alone_and_the_summary_holds_what_a_table_needs(tmp_path):
-    result = run("prl", tmp_path / "run", "--method", "base", "--samples", "6", "--max-new-tokens", "20")
+    result = run("prl", tmp_path / "run", "--method", "base", "--samples", "6", "--max-new-tokens", "20", pictures=True)
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/passk.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     last = {f"last_{name}": x for name, x in summary["before"].items() if isinstance(x, float)}
     assert summary["before"] | last == summary["after"] and summary["best"]["iteration"] == 0

@@ -815,8 +815,9 @@ def test_both_prompts_end_with_the_first_lines_of_a_program():
 
 @pytest.mark.parametrize("method", ["base", "self-refine"])
 def test_methods_without_training(method, tmp_path):
-    result = run("score", tmp_path / "run", "--method", method, "--vote-k", "3")
+    result = run("score", tmp_path / "run", "--method", method, "--vote-k", "3", pictures=method == "base")
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/turns.png").read_bytes().startswith(b"\x89PNG" if method == "base" else b"")     # with the votes
     log = read_log(tmp_path / "run")
     assert [r["event"] for r in log] == ["warmup", "end"] and log[0]["t2"] == log[1]["t2"]
     assert {f"vote_{n}_{kind}" for n in (2, 4, 6) for kind in ("parallel", "corrected")} | {"last_delta"} <= log[1].keys()
