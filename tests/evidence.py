@@ -30,7 +30,7 @@ SVAMP = "--batch-size 256 --micro-batch-size 64 --max-new-tokens 128 --save-ever
 SFT = f"{SVAMP} --method sft --minibatch-size 64 --iterations 216 --eval-every 18"
 REFT = f"{SVAMP} --minibatch-size 256 --iterations 100 --eval-every 10 --vf-coef 1"
 
-FIRST = {"r3-2": 400, "score-2": 400}                                # the first seed of a script or design; else 100
+FIRST = {"ppo_reft-2": 400, "r3-2": 400, "score-2": 400}             # the first seed of a script or design; else 100
 
 # {script, or script-design: {arm: (how many seeds, flags)}}
 ARMS = {
@@ -109,6 +109,12 @@ ARMS = {
         "reft-3e-6": (6, f"{REFT} --lr 3e-6"),
         "kl-0-1e-5": (6, f"{REFT} --lr 1e-5 --kl-coef 0"),
         "kl-0-3e-6": (6, f"{REFT} --lr 3e-6 --kl-coef 0"),
+    },
+    "ppo_reft-2": {
+        "base": (16, "--train-size 3000 --warmup-epochs 11 --iterations 0"),
+        "reft": (16, "--train-size 3000"),
+        "sft-480": (16, "--train-size 3000 --method sft --iterations 480 --eval-every 60"),
+        "sft-960": (16, "--train-size 3000 --method sft --iterations 960 --eval-every 120"),
     },
     "r3-2": {
         "base": (24, "--iterations 0"),                              # of which sixteen that pass their gates go on: --gated
