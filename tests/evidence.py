@@ -134,9 +134,14 @@ ARMS = {
 }
 
 
+def file_of(script):
+    """The file of a script, or of a design for it."""
+    return ROOT / f"{script.partition('-')[0]}.py"
+
+
 def digest(script):
     """A hash of the code that makes a run; a test compares it with that of the row's commit."""
-    files = [ROOT / f"{script.partition('-')[0]}.py", ROOT / "model.py", *sorted((ROOT / "kernels").glob("*.py"))]
+    files = [file_of(script), ROOT / "model.py", *sorted((ROOT / "kernels").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -146,8 +151,7 @@ def command(script, arm, seed, device, also, runs):
     if arm != "base" and "--warmup-epochs" not in ARMS[script][arm][1]:
         flags += ["--model", runs / f"base-s{seed}/warmup", "--warmup-epochs", "0"]
     flags += ["--resume"] if (out / "state.pt").exists() else []
-    script = ROOT / f"{script.partition('-')[0]}.py"
-    return [sys.executable, script, "--seed", seed, "--device", device, "--out", out, *flags]
+    return [sys.executable, file_of(script), "--seed", seed, "--device", device, "--out", out, *flags]
 
 
 def start(script, arm, seed, device, also, runs):
@@ -221,8 +225,8 @@ def main():
     args.out = args.out or ROOT / f"results/evidence-{args.script}.json"
     args.runs = args.runs or ROOT / f"runs/evidence-{args.script}"
     args.runs.mkdir(parents=True, exist_ok=True)
-    start_at, code = FIRST.get(args.script, 100), digest(args.script)
-    first, _, last = (args.seeds or f"{start_at}-{start_at + 99}").partition("-")
+    registered, code = FIRST.get(args.script, 100), digest(args.script)
+    first, _, last = (args.seeds or f"{registered}-{registered + 99}").partition("-")        # an arm takes as many as it has
     seeds = range(int(first), int(last or first) + 1)
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     if any(row["code"] != code for row in rows):
