@@ -208,6 +208,7 @@ COLUMNS = {
     "prl": {"avg@64": "last_avg@64", "hard avg@64": "last_hard_avg@64", "hard pass@8": "last_hard_pass@8",
             "hard pass@64": "last_hard_pass@64", "chosen: avg@64": "avg@64", "hard pass@8 of it": "hard_pass@8"},
 }
+DECIDES = {"ppo_reft": "accuracy", "r3": "accuracy", "score": "t2", "prl": "last_hard_pass@8"}       # shown seed by seed as well
 
 
 def cell(rows, metric):
@@ -226,12 +227,23 @@ def cell(rows, metric):
 
 def arm_rows(script, rows):
     """README's table of the arms of a script, in Markdown."""
-    arms, columns = dict.fromkeys(row["arm"] for row in rows), COLUMNS[script.partition("-")[0]]
+    name, arms = script.partition("-")[0], dict.fromkeys(row["arm"] for row in rows)
+    columns = COLUMNS[name]
     lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for arm in arms:
         mine = [row for row in rows if row["arm"] == arm]
         lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cell(mine, metric) for metric in columns.values()) + " |")
-    return "\n".join(lines + mean_frontiers(rows) * (script == "prl"))
+    return "\n".join(lines + mean_frontiers(rows) * (script == "prl") + seed_rows(rows, DECIDES[name]))
+
+
+def seed_rows(rows, metric):
+    """Below that table, folded: one number of each arm, seed by seed, in per cent."""
+    seeds, found = sorted({row["seed"] for row in rows}), defaultdict(dict)
+    for row in rows:
+        found[row["arm"]][row["seed"]] = f"{100 * row['after'][metric]:.1f}"
+    lines = [f"| {arm} | " + " | ".join(of.get(seed, "-") for seed in seeds) + " |" for arm, of in found.items()]
+    return ["", f"<details><summary>{metric} of each seed</summary>", "", f"| arm | {' | '.join(map(str, seeds))} |",
+            "|---" * (len(seeds) + 1) + "|", *lines, "", "</details>"]
 
 
 def mean_frontiers(rows):

@@ -170,6 +170,12 @@ def test_a_cell_near_0_or_100_gives_the_range_of_the_seeds():
     assert table.cell(rows(None, None), "x") == table.cell(rows(1), "y") == "-" and table.cell(rows(1), "before.accuracy") == "50.0"
 
 
+def test_each_seed_has_its_column():
+    made = table.seed_rows(rows_of(a={101: 0.25, 100: 0.9}, b={101: 1.0}), "accuracy")
+    assert made[3:7] == ["| arm | 100 | 101 |", "|---|---|---|", "| a | 90.0 | 25.0 |", "| b | - | 100.0 |"]
+    assert made[1] == "<details><summary>accuracy of each seed</summary>" and made[-1] == "</details>"
+
+
 def test_rows_that_count_are_of_one_clean_commit():
     for script, rows in table.evidence().items():
         assert len({(row["commit"], row["code"], row["torch"]) for row in rows}) == 1 and all(row["commit"] for row in rows), script
