@@ -3,8 +3,8 @@
     python tests/rerank_texts.py RUN_FOLDER [--out results/rerank-texts.json]
 
 RUN_FOLDER is a run of `python ppo_reft.py` on its built-in problems. A reranker is trained on the policy's own samples, and asked
-to choose among 16 samples for each of 400 test problems; what is found is added to those of other runs in --out. A minute and a half
-on one core.
+to choose among 16 samples for each of 400 test problems; what is found goes behind what other runs left in --out. A minute and a
+half on one core.
 """
 import argparse
 import json
