@@ -18,7 +18,7 @@ import json
 import math
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -187,7 +187,9 @@ def claim_rows(claims):
               f"({', '.join(map(str, gate['found']['failed']))})"
               for gate in claims["gates"] if gate["found"]["failed"]]
     tried = sum(gate["found"]["seeds"] > 0 for gate in claims["gates"])
-    return "\n".join([*lines, "", f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {len(failed) or 'none'}.", ""]
+    verdicts = Counter(claim["found"]["verdict"] for claim in claims["claims"])
+    counted = ", ".join(f"{verdicts[name]} {name}" for name in ("shown", "not shown", "contradicted", "not run", "not tried"))
+    return "\n".join([*lines, "", f"Verdicts: {counted}.", "", f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {len(failed) or 'none'}.", ""]
                      + [f"- {text}" for text in failed])
 
 

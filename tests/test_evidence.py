@@ -121,6 +121,7 @@ def test_a_verdict_on_a_part_of_the_seeds_says_so():
         return table.claim_rows(table.judge({"claims": [dict(claim)], "gates": [dict(gate)]}, {"r3": rows}))
 
     assert "| shown on 6 of 8 seeds | 1 |" in made(6) and "g: 6 of 6 seeds (0, 1, 2, 3, 4, 5)" in made(6)
+    assert "\nVerdicts: 1 shown, 0 not shown, 0 contradicted, 0 not run, 0 not tried.\n" in made(6)
     assert "| shown | 1 |" in made(8)                                # so many are registered for rl-12
 
 
