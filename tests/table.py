@@ -189,8 +189,8 @@ def claim_rows(claims):
     tried = sum(gate["found"]["seeds"] > 0 for gate in claims["gates"])
     verdicts = Counter(claim["found"]["verdict"] for claim in claims["claims"])
     counted = ", ".join(f"{verdicts[name]} {name}" for name in ("shown", "not shown", "contradicted", "not run", "not tried"))
-    return "\n".join([*lines, "", f"Verdicts: {counted}.", "", f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {len(failed) or 'none'}.", ""]
-                     + [f"- {text}" for text in failed])
+    gates = f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {len(failed) or 'none'}."
+    return "\n".join([*lines, "", f"Verdicts: {counted}.", "", gates, ""] + [f"- {text}" for text in failed])
 
 
 def evidence():
