@@ -881,9 +881,10 @@ class Tokenizer:
                              f"{self.model_vocab_size} ids")
         return self.bos_ids + self.encode(text)
 
-    def encode(self, text: str) -> list[int]:
-        """Raises InputError if the vocabulary has no token for a character (small vocabularies only)."""
-        return self._encode(text)
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        """goes_on: behind a line break, where Llama 2's tokenizers put no space before the text as they do at its begin. Raises
+        InputError if the vocabulary has no token for a character (small vocabularies only)."""
+        return self._encode("\n" + text)[len(self._encode("\n")):] if goes_on and self.space else self._encode(text)
 
     def encode_chat(self, messages: list[dict], begun: str = "") -> list[int]:
         """A conversation [{"role": ..., "content": text}, ...] in the checkpoint's chat template, up to where the assistant
@@ -994,8 +995,9 @@ class Tokenizer:
             done += len(part)
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        return b"".join(map(self.token_bytes, ids)).removeprefix(self.space).decode("utf-8", "replace")
+    def decode(self, ids: list[int], goes_on: bool = False) -> str:
+        """The text, without the space that the tokenizer put before it; goes_on: it put none, other text came before."""
+        return b"".join(map(self.token_bytes, ids)).removeprefix(b"" if goes_on else self.space).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token; nothing for an id that only pads the embedding."""

@@ -554,7 +554,7 @@ def encode_problem(problem, tokenizer, args):
     header = program_header(problem["question"]) if program else ""
     response = problem["cot"] if program else f"{problem['cot']}{ANSWER}{problem['answer']}"
     return problem | {"prompt": encode_prompt(problem["question"], PROMPT, tokenizer, args, header), "header": header,
-                      "response": tokenizer.encode(response) + [tokenizer.eos_id]}
+                      "response": tokenizer.encode(response, bool(header)) + [tokenizer.eos_id]}
 
 
 def read_answers(texts, problems, args):
@@ -1183,7 +1183,8 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
             "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
-    texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
+    texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id], bool(problem.get("header")))
+             for ids, problem in zip(response_ids(data), problems)]
     with phase("check"):
         answers = read_answers(texts, problems, args)
         outcomes = reward(answers, problems, args)

@@ -170,7 +170,7 @@ def tokens_of_lines(problem, lines, tokenizer):
     a token across that place is left to the policy. Counted in the ids of the whole: the seam is the one the warm-up saw."""
     if not lines:
         return 0                                                     # nor the space of Llama 2 where that is a token by itself
-    text, before = problem["cot"], -len(tokenizer.space)             # Llama 2's ids begin with a space of their own
+    text, before = problem["cot"], 0 if problem["header"] else -len(tokenizer.space)         # Llama 2 puts a space first
     end = len(text[:[*line_starts(text), len(text)][lines]].encode())
     lengths = [len(tokenizer.token_bytes(token)) for token in problem["response"]]
     return sum(reached <= end for reached in itertools.accumulate(lengths, initial=before)) - 1
@@ -188,7 +188,7 @@ def start_states(problem, tokenizer, args):
         counts = [max(c - head, 0) for c in evenly(head + tokens, args.stages)]
     given = [problem["response"][:count] for count in counts]                                                        # F11
     return [problem | {"stage": k, "prompt": problem["prompt"] + ids, "response": problem["response"][len(ids):],
-                       "header": problem["header"] + tokenizer.decode(ids)} for k, ids in enumerate(given)]
+                       "header": problem["header"] + tokenizer.decode(ids, bool(problem["header"]))} for k, ids in enumerate(given)]
 
 
 def draw_starts(starts, iteration, args):
@@ -568,7 +568,7 @@ def encode_problem(problem, tokenizer, args):
     header = program_header(problem["question"]) if program else ""
     response = problem["cot"] if program else f"{problem['cot']}{ANSWER}{problem['answer']}"
     return problem | {"prompt": encode_prompt(problem["question"], PROMPT, tokenizer, args, header), "header": header,
-                      "response": tokenizer.encode(response) + [tokenizer.eos_id]}
+                      "response": tokenizer.encode(response, bool(header)) + [tokenizer.eos_id]}
 
 
 def read_answers(texts, problems, args):
@@ -1157,7 +1157,8 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
             "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
-    texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
+    texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id], bool(problem.get("header")))
+             for ids, problem in zip(response_ids(data), problems)]
     with phase("check"):
         answers = read_answers(texts, problems, args)
         outcomes = reward(answers, problems, args)

@@ -734,7 +734,7 @@ def encode_problem(problem, tokenizer, args):
     else:
         again, close, paper = tokenizer.encode(again + header), [], before + (CODE_PROMPT if args.task == "code" else PROMPT)
     return problem | {"prompt": encode_prompt(question, paper, tokenizer, args, header), "again": again, "header": header,
-                      "response": tokenizer.encode(response) + [tokenizer.eos_id], "close": close,
+                      "response": tokenizer.encode(response, bool(header)) + [tokenizer.eos_id], "close": close,
                       "room": len(close + again) + 2 * args.max_new_tokens}
 
 
@@ -1420,7 +1420,8 @@ def respond(policy, problems, tokenizer, args, temperature=1.0, group_size=1):
     problems = [p for p in problems for _ in range(group_size)]
     data = {"tokens": tokens, "response_mask": mask, "sampled_logprobs": logprobs,
             "ended": (mask & (tokens[:, 1:] == tokenizer.eos_id)).any(1)}
-    texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in response_ids(data)]
+    texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id], bool(problem.get("header")))
+             for ids, problem in zip(response_ids(data), problems)]
     with phase("check"):
         answers = read_answers(texts, problems, args)
         outcomes = reward(answers, problems, args)

@@ -175,7 +175,7 @@ def test_strict_accuracy_counts_right_answers_in_the_asked_form(monkeypatch):
     class Words:
         eos_id = 0
 
-        def decode(self, ids):
+        def decode(self, ids, goes_on):
             return texts[ids[0] - 1]
 
     monkeypatch.setattr(reft, "generate", lambda *_: (torch.tensor([[5, 1, 0], [5, 2, 0], [5, 3, 0]]),

@@ -306,7 +306,7 @@ class Words:
     """A tokenizer for the toy rollouts: token i is the letter chr(97 + i); token 2 ends."""
     eos_id = 2
 
-    def decode(self, ids):
+    def decode(self, ids, goes_on=False):
         return "".join(chr(97 + i) for i in ids)
 
 

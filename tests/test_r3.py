@@ -58,7 +58,7 @@ def test_halves_are_rounded_up():
 ])
 def test_a_line_ends_where_the_next_one_begins(pieces, tokens, count):
     tokenizer, text = Tokenizer.from_pieces(pieces), "x = 1\n    y = 2"
-    problem = {"cot": text, "response": tokenizer.encode(text)}
+    problem = {"header": "", "cot": text, "response": tokenizer.encode(text)}
     assert [tokenizer.decode([i]) for i in problem["response"]] == tokens
     whole = r3.tokens_of_lines(problem, 1, tokenizer)
     assert whole == (3 if "\n   " in pieces else count)                     # the token across the place is left to the policy
@@ -161,6 +161,24 @@ def test_a_program_cut_anywhere_and_joined_runs(program, split):
     texts = [tokenizer.decode(state["response"][:-1]) for state in states]
     assert all(text.strip() for text in texts)
     assert (r3.reward(r3.read_answers(texts, states, args), states, args) == 1).all()
+
+
+@pytest.mark.parametrize("split", ["lines", "uniform"])
+@pytest.mark.parametrize("name", ["llama2", "llama2_first", "llama2_split"])
+def test_a_program_keeps_its_indentation(name, split, monkeypatch):
+    """Llama 2's tokenizers put a space before a text, but none before what goes on from the header or a start: the ids are those
+    of the whole, and what is sampled from each start is run with the indentation that it has."""
+    tokenizer = Tokenizer.from_file(Path(__file__).parent / f"fixtures/tokenizers/{name}/tokenizer.json")
+    args = dataclasses.replace(ARGS, **PROGRAMS, split=split)
+    problem = encoded({"question": "How many?", "answer_cot": PROGRAM, "answer_value": "3.0"}, tokenizer, **PROGRAMS)
+    whole = tokenizer.encode(tokenizer.decode(problem["prompt"][len(tokenizer.bos_ids):]) + problem["cot"])
+    assert tokenizer.bos_ids + whole + [tokenizer.eos_id] == problem["prompt"] + problem["response"]
+    states = r3.start_states(problem, tokenizer, args)
+    batch = r3.pack([r3.sft_row(state) for state in states], tiny())
+    monkeypatch.setattr(r3, "generate", lambda *_: (batch["tokens"], batch["response_mask"], torch.zeros(batch["response_mask"].shape)))
+    data, texts, _ = r3.respond(None, states, tokenizer, args)
+    assert [state["header"] + text for state, text in zip(states, texts)] == [PROGRAM] * args.stages
+    assert (data["outcomes"] == 1).all()
 
 
 @pytest.mark.parametrize("program", [PROGRAM, REWORDED])
