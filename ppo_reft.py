@@ -21,8 +21,9 @@ on the same questions: the model writes solutions of its own, their final answer
     value loss   1/2 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)                   F8      loss_fn()
     total        L = L_policy + a L_value, each a mean over a row's tokens, then over rows        F9      loss_fn()
 
-The paper numbers only its Eq. 1; F2 to F9 are ours. Whitening, the value clip and the sampled KL are not in the paper's text but
-in the authors' code (github.com/lqtrung1998/mwp_ReFT at bdc844e), which gave its numbers. Layout of all tensors: model.py.
+The paper numbers only its Eq. 1; F2 to F9 are ours. Eq. 1 is a sum over t in print, a mean in the authors' code
+(github.com/lqtrung1998/mwp_ReFT at bdc844e), which gave the paper's numbers; whitening, the means over rows and the sampled KL
+are in that code only; of F8 the paper prints another form of the same maximum. Layout of all tensors: model.py.
 Below: the flags, the paper, its loop (main), its baselines, and last what all four scripts have in common.
 
     python ppo_reft.py                                            built-in problems, a small GPT from nothing, a few CPU minutes
@@ -83,7 +84,7 @@ class Args:
     prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
     system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
+    seed: int = 0                    # of everything random, built-in test problems too; training leaves them out; dev is the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
@@ -109,12 +110,12 @@ class Args:
     micro_batch_size: int = (64, 8)  # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 2              # passes over a rollout; "the number of updates per RL step is set to 2"
     max_new_tokens: int = (56, 400)  # longest response; paper: prompt and response 700 together, 300 the prompt
-    lr: float = (5e-4, 3e-7)         # constant; paper: 3e-7 (7B), 3e-6 (125M)
+    lr: float = (5e-4, 3e-7)         # constant; paper: 3e-7 (7B), 3e-6 (125M); sft and offline-st: --warmup-lr, linear
     gamma: float = 1.0               # authors' code: 1.0
     lam: float = 0.95                # authors' code: 0.95
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
-    value_clip: float = 0.2          # value clip; authors' code: 0.2
-    vf_coef: float = (1.0, 5.0)      # a; paper: 5 (times the 1/2 of F8), of which the policy gets a fifth of a clipped gradient
+    value_clip: float = 0.2          # value clip; paper: 0.2
+    vf_coef: float = (1.0, 5.0)      # a; paper: 5 (times the 1/2 of F8), nearly all of the first clipped gradients here
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: Literal["k1", "exact"] = "k1"    # sampled log-ratio in the reward (authors' code); exact: its conditional mean
     value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (paper); one of its own
@@ -340,7 +341,7 @@ def add_critic(policy, args):
 
 def baseline_start(policy, train, tokenizer, state, args):
     """From where a baseline starts, its rows, and its supervised steps an iteration: on as many rows as PPO takes. Offline
-    self-training starts before the warm-up and makes up for it."""
+    self-training starts before the warm-up and makes up for it (where --model is one itself there is nothing before it)."""
     rows, steps = [sft_row(problem) for problem in train], math.ceil(args.ppo_epochs * args.batch_size / args.warmup_batch_size)
     if args.method != "offline-st":
         return policy, rows, steps

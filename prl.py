@@ -25,8 +25,9 @@ reward at the end becomes a signal for every step, without a reward model, a cri
 
 Eq. 1 is ReFT's, F2 to F10 are ours. With k the first token of the step (--anchor start), or any that is fixed by what came before
 t, F5 has the exact gradient of the objective: log-ratios before t are constants of the state, a baseline. The authors' code
-(github.com/MaxwellJryao/Process-Reward-Learning at 1ee49fa) takes the last one (--anchor end), which drops the token's own
-log-ratio, and knows a line break by one token id; here it is found in the decoded text of each token. F6 and F8 are that code's.
+(github.com/MaxwellJryao/Process-Reward-Learning at 1ee49fa) takes the last one (--anchor end), so that the tokens before it
+lose their own log-ratio, and knows a line break by one token id; here it is found in the decoded text of each token. F6 and F8
+are that code's.
 In units of r the KL of a question weighs its standard deviation over eta; a group of equal outcomes has A_i = 0 and is only
 pulled towards the reference.
 
@@ -85,10 +86,10 @@ class Args:
     model: str = ""                  # folder of a pretrained checkpoint, or its hub id; empty: a small GPT from nothing
     train_data: str = ""             # GSM8K's or MATH's JSON lines, or ReFT's JSON list; empty: the built-in problems
     eval_data: str = ""              # test set in the same form, or several: a.jsonl,b.jsonl; needed with --train-data
-    prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
+    prompt: str = "paper"            # ReFT's form; chat, the paper's: the checkpoint's chat template; or a text with {question}, \n
     system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
+    seed: int = 0                    # of everything random, built-in test problems too; training leaves them out; dev is the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
@@ -100,7 +101,7 @@ class Args:
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
     train_size: int = (256, 0)       # problems to train on; of a file so many rows, 0: all
-    demonstrations: int = 9000       # built-in ones for the warm-up besides the questions', of 1 to --operations-hard operations
+    demonstrations: int = 9000       # more built-in ones, for the warm-up alone, of 1 to --operations-hard operations
     operations_low: int = 3          # fewest operations, look-ups, of a built-in dev or test problem
     operations_high: int = 3         # most
     operations_train: int = 3        # most of a built-in training problem, the fewest is 1

@@ -104,7 +104,7 @@ class Args:
     operations_low: int = 8          # T: fewest steps of a built-in dev or test problem, and of one that rollouts start from
     operations_high: int = 8         # most
     operations_train: int = 12       # most of a built-in training problem, the fewest is 1
-    # warm-up, on a linear schedule with 10 % warm-up steps as ReFT's (authors' code: cosine)
+    # warm-up, on a linear schedule with 10 % warm-up steps as ReFT's (authors' code: cosine, Adam's betas 0.9 and 0.95)
     warmup_epochs: int = (1, 2)      # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
     warmup_batch_size: int = (16, 256)  # demonstrations an optimiser step; authors' code: 256
     warmup_lr: float = (3e-3, 2e-5)  # peak; authors' code: 2e-5 for a pretrained 7B model
@@ -119,15 +119,15 @@ class Args:
     micro_batch_size: int = (64, 8)  # rows a forward pass: changes memory and speed, never the result
     ppo_epochs: int = 2              # passes over a rollout; authors' code: 2
     max_new_tokens: int = (98, 400)  # longest response; authors' code: prompt and response 700 together
-    lr: float = (5e-4, 3e-7)         # constant; authors' code: 3e-7 (7B)
+    lr: float = (5e-4, 3e-7)         # constant; authors' code: 3e-7 (7B); sft: --warmup-lr, linear
     gamma: float = 1.0               # authors' code: 1.0
     lam: float = (1.0, 0.95)         # authors' code: 0.95, which hardly reaches the first lines before values are learned
-    clip_eps: float = 0.2            # ratio clip; paper: 0.2
+    clip_eps: float = 0.2            # ratio clip; authors' code: 0.2
     value_clip: float = 0.2          # value clip; authors' code: 0.2
-    vf_coef: float = (0.2, 5.0)      # a; paper: 5 (times the 1/2 of F8), whose cold value head upsets so small a trunk
+    vf_coef: float = (0.2, 5.0)      # a; authors' code: 5 (times the 1/2 of F8), too much for so small a trunk at first
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: Literal["k1", "exact"] = "k1"    # sampled log-ratio in the reward (authors' code); exact: its conditional mean
-    value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (paper); one of its own
+    value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (authors' code); one of its own
     whiten: bool = True              # F6; authors' code
     partial_reward: float = 0.2      # reward of a wrong number where the right answer is one; paper: 0.2 for GSM8K, 0.1 for SVAMP
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
@@ -180,11 +180,12 @@ def start_states(problem, tokenizer, args):
     """The problem from each start k: the prompt goes on with the beginning of the demonstration, the response is the rest of it,
     "header" the text of what is given. Of a program the def line and docstring count as lines that every start gives. Short
     demonstrations have equal starts, which are kept: as many of each k."""
-    head, lines = len(line_starts(problem["header"])), len(line_starts(problem["cot"]))
+    cut = problem | {"cot": problem["cot"].partition("\\boxed")[0]}                      # of MATH's the answer is not given
+    head, lines = len(line_starts(problem["header"])), len(line_starts(cut["cot"]))
     if args.split == "lines" or args.split == "auto" and head + lines > 1:
-        counts = [tokens_of_lines(problem, max(p - head, 0), tokenizer) for p in evenly(head + lines, args.stages)]
+        counts = [tokens_of_lines(cut, max(p - head, 0), tokenizer) for p in evenly(head + lines, args.stages)]
     else:
-        head, tokens = len(tokenizer.encode(problem["header"])), tokens_of_lines(problem, lines, tokenizer)
+        head, tokens = len(tokenizer.encode(problem["header"])), tokens_of_lines(cut, lines, tokenizer)
         counts = [max(c - head, 0) for c in evenly(head + tokens, args.stages)]
     given = [problem["response"][:count] for count in counts]                                                        # F11
     return [problem | {"stage": k, "prompt": problem["prompt"] + ids, "response": problem["response"][len(ids):],
@@ -248,14 +249,14 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     """One sampled response per problem, checked and scored: a dict of (B, T-1) tensors for the update, and a dict to log."""
     data, texts, answers = respond(policy, problems, tokenizer, args)
     data |= token_stats(policy, ref, data, args, critic)                                 # old_logprobs, ref_logprobs, kl ...
-    gap = sampler_gap(data)
+    gap, unread = sampler_gap(data), torch.tensor([answer is None for answer in answers], device=data["tokens"].device)
     mask, outcomes, values = data["response_mask"], data["outcomes"], data["old_values"]
     kl_k1 = data["old_logprobs"] - data["ref_logprobs"]                                  # one-sample estimate of the KL
     rewards = token_rewards(outcomes, kl_k1, data["kl"], mask, args)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     explained = 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)
     advantages, sigma = whiten(advantages, mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
-    data |= {"advantages": advantages, "returns": returns,
+    data |= {"advantages": advantages, "returns": returns, "unparsed": unread,
              "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}                  # as k1's penalty is divided by sigma
     log = means(measures(data, answers)) | gap | {
         "outcome": outcomes.mean(), "no_signal": outcomes.min() == outcomes.max(), "explained_variance": explained,
@@ -419,15 +420,16 @@ def all_starts(problems, policy, tokenizer, args):
         raise InputError(f"--train-size {args.train_size}, --operations-train {args.operations_train}: no training problem has "
                          f"--operations-low {low} to --operations-high {high} steps")
     starts = [start_states(problem, tokenizer, args) for problem in long]
-    fits([states[-1] for states in starts] if args.method in ("r3", "staged") else [], policy, args)     # the last gives most
+    if args.method in ("r3", "staged"):                              # the last gives most
+        check_memory(policy.config, fits([states[-1] for states in starts], policy, args), args)
     return starts
 
 
 def by_stage(data, batch, args):
-    """What came of the rollouts from each start, as lists over k: their number, accuracy, share without an answer (outcome 0,
-    with --partial-reward 0 a wrong number's too) and length; None where there were none."""
+    """What came of the rollouts from each start, as lists over k: their number, accuracy, share without a readable answer and
+    length; None where there were none."""
     stages = torch.tensor([start["stage"] for start in batch], device=data["outcomes"].device)
-    columns = {"accuracy": data["outcomes"] == 1, "unparsed": data["outcomes"] == 0, "length": data["response_mask"].sum(1)}
+    columns = {"accuracy": data["outcomes"] == 1, "unparsed": data["unparsed"], "length": data["response_mask"].sum(1)}
     chosen = [stages == k for k in range(args.stages)]                                   # (B,) each
     found = {f"stage_{name}": [round(float(x[rows].float().mean()), 6) if rows.any() else None for rows in chosen]
              for name, x in columns.items()}

@@ -89,10 +89,10 @@ class Args:
     train_data: str = ""             # GSM8K's or MATH's JSON lines, ReFT's list; code: MBPP's; empty: the built-in problems
     eval_data: str = ""              # test set in the same form, code: or HumanEval's; several: a,b; needed with --train-data
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), from files only
-    prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
+    prompt: str = "paper"            # requests as the paper's; chat: the checkpoint's chat template; or a text with {question}, \n
     system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
+    seed: int = 0                    # of everything random, built-in test problems too; training leaves them out; dev is the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
@@ -455,8 +455,8 @@ def offline_first(ref, problems, tokenizer, args):
 
 
 def over_std(A1, A2, on1, args):
-    """A1 and A2 (B,) over the standard deviation of their question's returns, in that turn or in both. Undoes the bonus, which is
-    a matter of scale."""
+    """A1 and A2 (B,) over the standard deviation of their question's returns, in that turn or in both. It undoes most of the
+    bonus, which for the most part only scales turn 2."""
     A = torch.stack([A1, A2]).view(2, -1, args.group_size)                                                   # (2, Q, K)
     n = torch.stack([on1, torch.ones_like(on1)]).view(A.shape).sum(2)                                        # (2, Q) rows
     centred = A * ((n - 1) / n.clamp(min=1))[..., None]                                                      # G - mean
@@ -648,8 +648,8 @@ def warmup_rows(problems, tokenizer, args):
         second = first if rng.random() < args.copies else second
         row, flags = sft_row(problem | {"response": first})
         if i % 4:
-            between = refine if i % 4 == 1 else again
-            row, flags = row + between + second, flags + [False] * len(between) + [True] * len(second)
+            request = refine if i % 4 == 1 else again
+            row, flags = row + request + second, flags + [False] * len(request) + [True] * len(second)
         rows.append((row, flags))
     return rows
 

@@ -139,6 +139,20 @@ def test_the_answer_line_is_no_line_of_the_demonstration():
     assert tokenizer.decode(encoded(TEXT[1], tokenizer)["response"][:-1]) == "9 less 4.\n9 - 4 = 5\n#### 5"
 
 
+@pytest.mark.parametrize("split, lines", [("lines", [0, 1, 1, 2, 2]), ("uniform", None)])
+def test_the_boxed_answer_of_math_is_not_given(split, lines):
+    """Nor what follows it; the rest of a demonstration that is nothing else is the policy's, too."""
+    tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, split=split)
+    for text, given_lines in ("One.\nTwo.\nSo $\\boxed{3}$,\nand that\nwas all.", lines), ("\\boxed{3}\nas it is.", [0] * 5):
+        problem = {"header": "", "prompt": [1], "cot": text, "response": tokenizer.encode(text)}
+        starts = [state["header"] for state in r3.start_states(problem, tokenizer, args)]
+        assert all(text.startswith(start) and "box" not in start for start in starts)
+        assert given_lines is None or [start.count("\n") for start in starts] == given_lines
+    if split == "uniform":                                                  # six of the seven tokens before the box
+        problem |= {"cot": "1 + 2 = $\\boxed{3}$", "response": tokenizer.encode("1 + 2 = $\\boxed{3}$")}
+        assert r3.start_states(problem, tokenizer, args)[4]["header"] == "1 + 2 = "
+
+
 # ---- programs ----------------------------------------------------------------------------------------------------------------
 
 PROGRAM = 'def solution():\n    """How many?"""\n    a = 1\n    b = 2\n\n    c = a + b\n    d = c + 0\n    return d'   # 7 lines
@@ -174,8 +188,8 @@ def test_a_program_keeps_its_indentation(name, split, monkeypatch):
     whole = tokenizer.encode(tokenizer.decode(problem["prompt"][len(tokenizer.bos_ids):]) + problem["cot"])
     assert tokenizer.bos_ids + whole + [tokenizer.eos_id] == problem["prompt"] + problem["response"]
     states = r3.start_states(problem, tokenizer, args)
-    batch = r3.pack([r3.sft_row(state) for state in states], tiny())
-    monkeypatch.setattr(r3, "generate", lambda *_: (batch["tokens"], batch["response_mask"], torch.zeros(batch["response_mask"].shape)))
+    tokens, mask = r3.pack([r3.sft_row(state) for state in states], tiny()).values()
+    monkeypatch.setattr(r3, "generate", lambda *_: (tokens, mask, torch.zeros(mask.shape)))
     data, texts, _ = r3.respond(None, states, tokenizer, args)
     assert [state["header"] + text for state, text in zip(states, texts)] == [PROGRAM] * args.stages
     assert (data["outcomes"] == 1).all()
@@ -396,7 +410,7 @@ def test_given_tokens_are_context_not_actions():
 
 def test_log_by_stage():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 1, 1]]).bool()
-    data = {"outcomes": torch.tensor([1.0, 0.2, 0.0, 1.0]), "response_mask": mask}
+    data = {"outcomes": torch.tensor([1.0, 0.0, 0.0, 1.0]), "unparsed": torch.tensor([0, 0, 1, 0]).bool(), "response_mask": mask}
     log = r3.by_stage(data, [{"stage": k} for k in (0, 2, 2, 2)], dataclasses.replace(ARGS, stages=3))
     assert log["stage_rollouts"] == [1, 0, 3]
     assert log["stage_accuracy"] == [1, None, pytest.approx(1 / 3, abs=1e-6)]
