@@ -200,7 +200,7 @@ def trunk(c: GPTConfig, w, tokens, places, rope, attend_in, block=block):
 
 def decode(c: GPTConfig, w, newest, lengths, alive, cache, rope, dtype):
     """trunk for the newest token (n,) of each row, at position lengths - 1, by the kernels of a decoding step: hidden (n, C) in
-    dtype. A layer is four products and five launches; its keys and values go into cache (layers, 2, n, K, width, D)."""
+    dtype. A layer is four products and four launches; its keys and values go into cache (layers, 2, n, K, width, D)."""
     x, delta, eps = F.embedding(newest, w.embed), None, c.norm_eps
     if c.positions == "learned":
         x = x + F.embedding(lengths - 1, w.positions)
@@ -1212,8 +1212,11 @@ def load_checkpoint(folder):
     where = _open_weights(folder)
     if c.n_layer > len(where):                          # before they are built
         raise InputError(f"{path}: {c.n_layer} layers, but the checkpoint has {len(where)} tensors")
-    with torch.device("meta"):                          # shapes only: no random weights that are thrown away at once
-        gpt = GPT(c)
+    try:
+        with torch.device("meta"):                      # shapes only: no random weights that are thrown away at once
+            gpt = GPT(c)
+    except RuntimeError as error:                       # larger than any memory
+        raise InputError(f"{path}: {error}") from None
     parts = {name: _hf_parts(c, name, tuple(p.shape)) for name, p in gpt.state_dict().items()}
     # a headless GPT-2 was saved without the prefix
     stored = {part: next((n for n in (part, part.removeprefix("transformer.")) if n in where), None)

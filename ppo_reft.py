@@ -256,7 +256,8 @@ def main(args):
 
     policy = warm_up(policy, [sft_row(problem) for problem in train], tokenizer, state, args)
     if "before" not in state:
-        tell("before", evaluate(policy, test, tokenizer, args), state, args)
+        with located("after the warm-up", args):
+            tell("before", evaluate(policy, test, tokenizer, args), state, args)
 
     # the warm-up model is the initial policy, the frozen reference, and the trunk of the value function
     ref = policy.frozen()
@@ -277,10 +278,10 @@ def main(args):
                 data, log = rollout(policy, critic, ref, batch, tokenizer, args)
                 log |= (update(loss_of, data, optimizer, args) if args.method == "reft"
                         else online_st_update(policy, batch, data, optimizer, args))
-        if iteration == 1 and "sample" in log:
-            print_ids("first sample", response_ids(data)[0], tokenizer)
-        if iteration % args.eval_every == 0 or iteration == args.iterations:
-            log |= keep_best(policy, dev, tokenizer, iteration, state, args)
+            if iteration == 1 and "sample" in log:
+                print_ids("first sample", response_ids(data)[0], tokenizer)
+            if iteration % args.eval_every == 0 or iteration == args.iterations:
+                log |= keep_best(policy, dev, tokenizer, iteration, state, args)
         finish_iteration(log, iteration, state, args)
 
     # the checkpoint that was best on the dev split, tested once, and the last one
@@ -763,13 +764,17 @@ def read_problems(path, args):
             raise InputError(f"{where}: {error}") from None
     if not problems:
         raise InputError(f"{path}: holds no records")
-    return judged(problems, path, args)
+    if not (problems := judged(problems, path, args)):
+        raise InputError(f"{path}: no problem is left")
+    return problems
 
 
 def read_tests(args):
     """The problems of each file of --eval-data, all or args.eval_size of one; of several files they name theirs as "set"."""
     paths, tests = args.eval_data.split(","), []
     names = [Path(path).stem for path in paths]
+    if taken := {"strict", "last", "fixed", "own"}.intersection(names if len(names) > 1 else ()):
+        raise InputError(f"--eval-data: of several files none may be called {taken.pop()}, as a metric's name begins so")
     for name, path in zip(names if len(set(names)) == len(names) else paths, paths):
         problems = read_problems(path, args)
         problems = [p for p in problems if p.get("split") == "test"] or problems
@@ -868,6 +873,8 @@ def check_memory(config, problems, args):
 def fits(problems, policy, args):
     """The problems; an InputError if one does not fit into the model's context."""
     for problem in problems:
+        if not problem["prompt"]:
+            raise InputError(f"the question {problem['question'][:60]!r} gives an empty prompt")
         length = row_length(problem, args)
         if length > policy.config.max_len:
             raise InputError(f"the question {problem['question'][:60]!r}... takes {length} tokens with its response, "
@@ -1513,7 +1520,7 @@ def stopped():
 
 def stop(number, where, args):
     """Ends a run, in all its processes, that a signal stopped, with the command that goes on with it."""
-    start = ["python"] if RANKS == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if dist.is_torchelastic_launched() else ["python"]
     command = shlex.join([*start, sys.argv[0], *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
     say_once(f"stopped{where} in {args.out}; go on with: {command}")
     disconnect()
@@ -1890,8 +1897,10 @@ def check_args(args):
         value = getattr(args, f.name)
         may_be_0 = "seed", "eval_size", "train_size", "warmup_epochs", "iterations", "vote_k"
         least = 0 if f.type is float or f.name in may_be_0 else 1
-        if f.type in (int, float) and not least <= value < math.inf:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}")
+        limit = 2 ** 31 if f.type is int and f.name != "seed" else math.inf
+        if f.type in (int, float) and not least <= value < limit:
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}"
+                             + (f" and below {limit}" if value >= limit < math.inf else ""))
     conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the heads":
                      args.n_embd % (2 * args.n_head),
                  f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
@@ -1907,11 +1916,13 @@ def check_args(args):
                  "--system goes with --prompt chat": args.system and args.prompt != "chat",
                  "--train-data and --eval-data go together":
                      bool(args.train_data) != bool(args.eval_data) and not (args.evaluate_only and args.eval_data),
+                 "--out is the folder of --model": args.model and Path(args.out).resolve() == Path(args.model).resolve(),
                  "--evaluate-only needs --model, the checkpoint to be tested": args.evaluate_only and not args.model,
                  "--eval-size 0 needs data files: there is no end of built-in problems": not (args.eval_size or args.eval_data),
                  "--train-data needs --model: one from nothing knows built-in problems only": args.train_data and not args.model,
                  "--train-size 0 needs data files: there is no end of built-in problems": not (args.train_size or args.eval_data),
                  "--grad-clip 0 leaves nothing of the gradient; a large number clips nothing": not args.grad_clip,
+                 "--gamma and --lam are at most 1": max(getattr(args, "gamma", 0), getattr(args, "lam", 0)) > 1,
                  "--operations-low is above --operations-high": args.operations_low > args.operations_high,
                  "--warmup-epochs 0 needs --model: one from nothing must be warmed up": not (args.model or args.warmup_epochs)}
     for message, wrong in conflicts.items():

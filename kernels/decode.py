@@ -196,7 +196,7 @@ def launch_attention(y, qkv, cache, lengths, alive, cos, sin, q_norm, k_norm, ep
             attention_kernel[(B, K)](
                 qkv, cache[0], cache[1], lengths, alive, cos, sin, q_norm, k_norm, y, *strides, K=K, GROUP=group, D=D,
                 EPS=eps, SCALE=LOG2E.value / math.sqrt(D), HEADS=max(16, triton.next_power_of_2(group)),
-                WIDE=wide, BLOCK=TILE // wide, num_warps=1, num_stages=2)
+                WIDE=wide, BLOCK=max(16, TILE // wide), num_warps=1, num_stages=2)
     return y
 
 

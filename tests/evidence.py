@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from table import holds, read, value
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,7 @@ SFT = f"{SVAMP} --method sft --minibatch-size 64 --iterations 216 --eval-every 1
 REFT = f"{SVAMP} --minibatch-size 256 --iterations 100 --eval-every 10 --vf-coef 1"
 
 FIRST = {"ppo_reft-2": 400, "r3-2": 400, "score-2": 400}             # the first seed of a script or design; else 100
+GATED = "r3-2",                                                      # whose arms have the seeds of the bases that pass
 
 # {script, or script-design: {arm: (how many seeds, flags)}}
 ARMS = {
@@ -213,7 +216,7 @@ def main():
     parser.add_argument("script", choices=ARMS)
     parser.add_argument("--seeds", help="first and last, or one; an arm of 8 takes the first 8; default: those registered")
     parser.add_argument("--gated", action="store_true", help="instead: the seeds whose base, in --out, passes its gates")
-    parser.add_argument("--only", help="arms, joined by commas; base, which the others need, among them unless it is in --runs")
+    parser.add_argument("--only", help="arms, joined by commas; base, which the others need, among them unless --out has its row")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
     parser.add_argument("--also", default="", help="flags for all runs: a checkpoint and data for the arms of a pretrained model")
@@ -225,19 +228,32 @@ def main():
     args.out = args.out or ROOT / f"results/evidence-{args.script}.json"
     args.runs = args.runs or ROOT / f"runs/evidence-{args.script}"
     args.runs.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(args.out.with_suffix(".lock"), timeout=0):     # another driver would write its own rows over these
+            fill(args)
+    except Timeout:
+        sys.exit(f"{args.out}: another process is filling it")
+
+
+def fill(args):
+    """Runs what --out lacks of what is asked for, and exits."""
     registered, code = FIRST.get(args.script, 100), digest(args.script)
     first, _, last = (args.seeds or f"{registered}-{registered + 99}").partition("-")        # an arm takes as many as it has
     seeds = range(int(first), int(last or first) + 1)
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     if any(row["code"] != code for row in rows):
         sys.exit(f"{args.out}: holds rows of another state of the code than {code}")
+    arms = args.only.split(",") if args.only else list(ARMS[args.script])
+    if args.script in GATED and not args.gated and arms != ["base"]:
+        sys.exit(f"{args.script}: first --only base, then the other arms with --gated")
     if args.gated:
         missing, seeds = ARMS[args.script]["base"][0] - sum(row["arm"] == "base" for row in rows), passing(args.script, rows)
         if missing:
             sys.exit(f"{args.out}: --gated goes by all bases, and {missing} are not there yet")
-    arms = args.only.split(",") if args.only else list(ARMS[args.script])
     done = {(row["arm"], row["seed"]) for row in rows}
-    todo = [(arm, seed) for arm in arms for seed in seeds[:ARMS[args.script][arm][0]] if (arm, seed) not in done]
+    others = lambda arm: () if args.gated else range(registered + ARMS[args.script][arm][0], registered + 100)   # of longer arms
+    todo = [(arm, seed) for arm in arms for seed in seeds[:ARMS[args.script][arm][0]]
+            if seed not in others(arm) and (arm, seed) not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     left = run_all(args, todo, rows, code)
     print(f"{args.out}: {len(rows)} rows" + (f"; without a row: {left}, see {args.runs}/*.txt" if left else ""))

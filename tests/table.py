@@ -187,9 +187,11 @@ def claim_rows(claims):
               f"({', '.join(map(str, gate['found']['failed']))})"
               for gate in claims["gates"] if gate["found"]["failed"]]
     tried = sum(gate["found"]["seeds"] > 0 for gate in claims["gates"])
+    part = sum(0 < gate["found"]["seeds"] < registered({"a": gate["arm"]} | gate) for gate in claims["gates"])
     verdicts = Counter(claim["found"]["verdict"] for claim in claims["claims"])
     counted = ", ".join(f"{verdicts[name]} {name}" for name in ("shown", "not shown", "contradicted", "not run", "not tried"))
-    gates = f"Gates: {tried} of {len(claims['gates'])} looked at; failed: {len(failed) or 'none'}."
+    gates = (f"Gates: {tried} of {len(claims['gates'])} looked at, {part} of them on a part of the seeds; "
+             f"failed: {len(failed) or 'none'}.")
     return "\n".join([*lines, "", f"Verdicts: {counted}.", "", gates, ""] + [f"- {text}" for text in failed])
 
 

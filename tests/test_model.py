@@ -301,6 +301,7 @@ BROKEN = {                                              # what happens to a good
     "a classifier": (add_tensor("score.weight", 2, 16), ["no place", "score.weight"]),
     "int8": (store_as(torch.int8), ["down_proj.weight", "int8", "float32, bfloat16, float16"]),
     "fp8": (store_as(torch.float8_e4m3fn), ["down_proj.weight", "float8_e4m3fn", "float32, bfloat16, float16"]),
+    "larger than any memory": (edit_config(hidden_size=2 ** 31 - 16, vocab_size=2 ** 31 - 1), ["config.json", "overflow"]),
     "value head": (lambda f: save_file(dict(weight=torch.zeros(1, 8), bias=torch.zeros(1)), f / "value_head.safetensors"),
                    ["value_head.safetensors", "width 16"]),
 } | {f"{key} {value!r}": (edit_config(**{key: value}), ["config.json", f"{key} is {value!r}"]) for key, values in dict(

@@ -1,6 +1,7 @@
 """Programs that a model wrote: what they are worth, what they cannot do, and whether they pass tests (score.py's --task code)."""
 import ast
 import inspect
+import json
 import os
 import re
 import signal
@@ -573,6 +574,13 @@ def test_a_program_of_the_data_that_does_not_run_leaves_its_problem_out(capsys):
     assert [problem["question"] for problem in kept] == ["0?", "4?"]
     assert capsys.readouterr().out == ("warning: x.json: 3 problems are left out, whose own program does not give the answer here: "
                                        "['1?', '2?', '3?']\n")
+
+
+def test_a_file_of_which_no_problem_is_left_is_refused(tmp_path):
+    record = {"question": "1?", "answer_value": "18", "answer_cot": "def solution():\n    import numpy\n    return 18"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="data.jsonl: no problem is left"):
+        programs.read_problems(str(tmp_path / "data.jsonl"), programs.Args(cot="program"))
 
 
 @pytest.mark.parametrize("raw", [

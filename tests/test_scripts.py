@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import InputError
 from processes import NO_GPU, ROOT, SCRIPTS, Running
 
 SHARED = "# ==== the same in all four scripts from here on"
@@ -553,6 +554,10 @@ def test_test_files_of_one_name_are_told_apart(tmp_path):
     (["--method", "grpo"], ["--method", "reft", "online-st"]),
     (["--kl", "k9"], ["k1", "exact"]),
     (["--batch-size", "0"], ["--batch-size 0"]),
+    (["--micro-batch-size", str(2 ** 31)], ["--micro-batch-size", "below"]),
+    (["--lam", "1.5"], ["--lam"]),
+    (["--model", "x", "--out", "x"], ["--out", "--model"]),          # whose config.json would change
+    (["--model", "x", "--train-data", "x", "--eval-data", "a/strict.jsonl,b.jsonl"], ["--eval-data", "strict"]),
     (["--lr", "-1"], ["--lr"]),
     (["--lr", "nan"], ["--lr"]),
     (["--lr", "much"], ["--lr"]),
@@ -580,6 +585,18 @@ def test_test_files_of_one_name_are_told_apart(tmp_path):
 def test_impossible_flags_are_refused_and_nothing_is_written(flags, words, tmp_path):
     refuse(run("ppo_reft", tmp_path / "run", *flags), *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_is_not_finite_says_after_which_iteration(tmp_path):
+    """The update itself ends well: its loss is that of the weights before it."""
+    result = run("ppo_reft", tmp_path / "run", "--method", "online-st", "--ppo-epochs", "1", "--lr", "1e15", "--eval-every", "1")
+    assert result.returncode == 1 and "stopped: iteration 1: generate" in result.stderr, result.stderr
+
+
+def test_a_question_without_a_prompt_is_refused():
+    import ppo_reft as reft
+    with pytest.raises(InputError, match="' ' gives an empty prompt"):
+        reft.fits([{"question": " ", "prompt": [], "response": [1]}], None, reft.Args())
 
 
 @pytest.mark.parametrize("out", ["file", "file/run", "/dev/null/run"])
