@@ -882,7 +882,7 @@ class Tokenizer:
         return self.bos_ids + self.encode(text)
 
     def encode(self, text: str, goes_on: bool = False) -> list[int]:
-        """goes_on: behind a line break, where Llama 2's tokenizers put no space before the text as they do at its begin. Raises
+        """goes_on: other text came before, up to a line break, so that Llama 2's tokenizers put no space first. Raises
         InputError if the vocabulary has no token for a character (small vocabularies only)."""
         return self._encode("\n" + text)[len(self._encode("\n")):] if goes_on and self.space else self._encode(text)
 
@@ -996,7 +996,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int], goes_on: bool = False) -> str:
-        """The text, without the space that the tokenizer put before it; goes_on: it put none, other text came before."""
+        """The text, without the space that Llama 2's tokenizers put first; goes_on: other text came before, so they put none."""
         return b"".join(map(self.token_bytes, ids)).removeprefix(b"" if goes_on else self.space).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:

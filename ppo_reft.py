@@ -84,7 +84,7 @@ class Args:
     prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
     system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random, built-in test problems too; training leaves them out; dev is the same
+    seed: int = 0                    # of everything random, the built-in test problems too; the dev problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
@@ -115,7 +115,7 @@ class Args:
     lam: float = 0.95                # authors' code: 0.95
     clip_eps: float = 0.2            # ratio clip; paper: 0.2
     value_clip: float = 0.2          # value clip; paper: 0.2
-    vf_coef: float = (1.0, 5.0)      # a; paper: 5 (times the 1/2 of F8), nearly all of the first clipped gradients here
+    vf_coef: float = (1.0, 5.0)      # a; paper: 5 (times the 1/2 of F8), which leaves the policy little of a clipped gradient
     kl_coef: float = 0.05            # beta; paper: 0.05 for rationales in words, 0.01 for programs
     kl: Literal["k1", "exact"] = "k1"    # sampled log-ratio in the reward (authors' code); exact: its conditional mean
     value: Literal["shared", "separate"] = "shared"    # the value head's trunk is the policy's (paper); one of its own
@@ -773,9 +773,11 @@ def read_tests(args):
     """The problems of each file of --eval-data, all or args.eval_size of one; of several files they name theirs as "set"."""
     paths, tests = args.eval_data.split(","), []
     names = [Path(path).stem for path in paths]
-    if taken := {"strict", "last", "fixed", "own"}.intersection(names if len(names) > 1 else ()):
-        raise InputError(f"--eval-data: of several files none may be called {taken.pop()}, as a metric's name begins so")
-    for name, path in zip(names if len(set(names)) == len(names) else paths, paths):
+    names = names if len(set(names)) == len(names) else paths
+    words = "strict", "last", "sampled", "swapped", "fixed", "own"
+    if len(names) > 1 and (taken := {*words, *(f"{name}_{word}" for name in names for word in words)} & {*names}):
+        raise InputError(f"--eval-data: of several files none may be called {taken.pop()}, with which a metric's name begins")
+    for name, path in zip(names, paths):
         problems = read_problems(path, args)
         problems = [p for p in problems if p.get("split") == "test"] or problems
         tests += [p | ({"set": name} if len(paths) > 1 else {}) for p in problems[:args.eval_size or None]]
@@ -860,7 +862,8 @@ def check_memory(config, problems, args):
     say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
         f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
         f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
-    if args.device == "cuda" and found["least"] > (free := free_memory(torch.device("cuda")) - 2 ** 29):    # what CUDA takes
+    free = lambda: free_memory(torch.device("cuda")) + torch.cuda.memory_allocated() - 2 ** 29       # what CUDA itself takes
+    if args.device == "cuda" and found["least"] > (free := free()):
         smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
         fitting = [f"{'' if more == shards else f'--shard on {more} GPUs, '}--micro-batch-size {fewer}"
                    f"{' --checkpoint-activations' if again else ''}"
@@ -1551,7 +1554,7 @@ def say(text):
 
 def print_ids(name, ids, tokenizer):
     """A text with its token ids: a forgotten template, a doubled BOS or a missing end token shows here."""
-    say(f"  {name}: {tokenizer.decode(ids)!r}\n  its ids: {ids}")
+    say(f"  {name}: {tokenizer.decode(ids, goes_on=True)!r}\n  its ids: {ids}")
 
 
 def write_whole(path, write):
@@ -1897,13 +1900,12 @@ def check_args(args):
         value = getattr(args, f.name)
         may_be_0 = "seed", "eval_size", "train_size", "warmup_epochs", "iterations", "vote_k"
         least = 0 if f.type is float or f.name in may_be_0 else 1
-        limit = 2 ** 31 if f.type is int and f.name != "seed" else math.inf
-        if f.type in (int, float) and not least <= value < limit:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}"
-                             + (f" and below {limit}" if value >= limit < math.inf else ""))
+        most = math.inf if f.type is float else 10 ** 12 if f.name == "seed" else 10 ** 9
+        if f.type in (int, float) and not least <= value <= most or value == math.inf:
+            bounds = f"at least {least}" if f.type is float else f"from {least} to {most}"
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, {bounds}")
     conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the heads":
                      args.n_embd % (2 * args.n_head),
-                 f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--tensorboard: the package is not installed (pip install tensorboard)":
                      args.tensorboard and not importlib.util.find_spec("tensorboard"),
                  f"--device cuda: torch sees {torch.cuda.device_count() or 'no'} GPUs here, each process needs one":

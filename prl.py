@@ -89,7 +89,7 @@ class Args:
     prompt: str = "paper"            # ReFT's form; chat, the paper's: the checkpoint's chat template; or a text with {question}, \n
     system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
-    seed: int = 0                    # of everything random, built-in test problems too; training leaves them out; dev is the same
+    seed: int = 0                    # of everything random, the built-in test problems too; the dev problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
@@ -603,9 +603,11 @@ def read_tests(args):
     """The problems of each file of --eval-data, all or args.eval_size of one; of several files they name theirs as "set"."""
     paths, tests = args.eval_data.split(","), []
     names = [Path(path).stem for path in paths]
-    if taken := {"strict", "last", "fixed", "own"}.intersection(names if len(names) > 1 else ()):
-        raise InputError(f"--eval-data: of several files none may be called {taken.pop()}, as a metric's name begins so")
-    for name, path in zip(names if len(set(names)) == len(names) else paths, paths):
+    names = names if len(set(names)) == len(names) else paths
+    words = "strict", "last", "sampled", "swapped", "fixed", "own"
+    if len(names) > 1 and (taken := {*words, *(f"{name}_{word}" for name in names for word in words)} & {*names}):
+        raise InputError(f"--eval-data: of several files none may be called {taken.pop()}, with which a metric's name begins")
+    for name, path in zip(names, paths):
         problems = read_problems(path, args)
         problems = [p for p in problems if p.get("split") == "test"] or problems
         tests += [p | ({"set": name} if len(paths) > 1 else {}) for p in problems[:args.eval_size or None]]
@@ -690,7 +692,8 @@ def check_memory(config, problems, args):
     say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
         f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
         f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
-    if args.device == "cuda" and found["least"] > (free := free_memory(torch.device("cuda")) - 2 ** 29):    # what CUDA takes
+    free = lambda: free_memory(torch.device("cuda")) + torch.cuda.memory_allocated() - 2 ** 29       # what CUDA itself takes
+    if args.device == "cuda" and found["least"] > (free := free()):
         smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
         fitting = [f"{'' if more == shards else f'--shard on {more} GPUs, '}--micro-batch-size {fewer}"
                    f"{' --checkpoint-activations' if again else ''}"
@@ -1381,7 +1384,7 @@ def say(text):
 
 def print_ids(name, ids, tokenizer):
     """A text with its token ids: a forgotten template, a doubled BOS or a missing end token shows here."""
-    say(f"  {name}: {tokenizer.decode(ids)!r}\n  its ids: {ids}")
+    say(f"  {name}: {tokenizer.decode(ids, goes_on=True)!r}\n  its ids: {ids}")
 
 
 def write_whole(path, write):
@@ -1727,13 +1730,12 @@ def check_args(args):
         value = getattr(args, f.name)
         may_be_0 = "seed", "eval_size", "train_size", "warmup_epochs", "iterations", "vote_k"
         least = 0 if f.type is float or f.name in may_be_0 else 1
-        limit = 2 ** 31 if f.type is int and f.name != "seed" else math.inf
-        if f.type in (int, float) and not least <= value < limit:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}"
-                             + (f" and below {limit}" if value >= limit < math.inf else ""))
+        most = math.inf if f.type is float else 10 ** 12 if f.name == "seed" else 10 ** 9
+        if f.type in (int, float) and not least <= value <= most or value == math.inf:
+            bounds = f"at least {least}" if f.type is float else f"from {least} to {most}"
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, {bounds}")
     conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the heads":
                      args.n_embd % (2 * args.n_head),
-                 f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--tensorboard: the package is not installed (pip install tensorboard)":
                      args.tensorboard and not importlib.util.find_spec("tensorboard"),
                  f"--device cuda: torch sees {torch.cuda.device_count() or 'no'} GPUs here, each process needs one":

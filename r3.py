@@ -180,7 +180,7 @@ def start_states(problem, tokenizer, args):
     """The problem from each start k: the prompt goes on with the beginning of the demonstration, the response is the rest of it,
     "header" the text of what is given. Of a program the def line and docstring count as lines that every start gives. Short
     demonstrations have equal starts, which are kept: as many of each k."""
-    cut = problem | {"cot": problem["cot"].partition("\\boxed")[0]}                      # of MATH's the answer is not given
+    cut = problem | {"cot": problem["cot"][:problem["cot"].find("\\boxed") + 1 or None]}     # of MATH's the answer is not given
     head, lines = len(line_starts(problem["header"])), len(line_starts(cut["cot"]))
     if args.split == "lines" or args.split == "auto" and head + lines > 1:
         counts = [tokens_of_lines(cut, max(p - head, 0), tokenizer) for p in evenly(head + lines, args.stages)]
@@ -249,16 +249,16 @@ def rollout(policy, critic, ref, problems, tokenizer, args):
     """One sampled response per problem, checked and scored: a dict of (B, T-1) tensors for the update, and a dict to log."""
     data, texts, answers = respond(policy, problems, tokenizer, args)
     data |= token_stats(policy, ref, data, args, critic)                                 # old_logprobs, ref_logprobs, kl ...
-    gap, unread = sampler_gap(data), torch.tensor([answer is None for answer in answers], device=data["tokens"].device)
+    gap, measured = sampler_gap(data), measures(data, answers)
     mask, outcomes, values = data["response_mask"], data["outcomes"], data["old_values"]
     kl_k1 = data["old_logprobs"] - data["ref_logprobs"]                                  # one-sample estimate of the KL
     rewards = token_rewards(outcomes, kl_k1, data["kl"], mask, args)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     explained = 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)
     advantages, sigma = whiten(advantages, mask) if args.whiten else (advantages, torch.ones_like(outcomes[0]))
-    data |= {"advantages": advantages, "returns": returns, "unparsed": unread,
+    data |= {"advantages": advantages, "returns": returns, "unparsed": torch.tensor(measured["unparsed"], device=mask.device),
              "kl_weight": (args.kl_coef / sigma).expand(len(outcomes))}                  # as k1's penalty is divided by sigma
-    log = means(measures(data, answers)) | gap | {
+    log = means(measured) | gap | {
         "outcome": outcomes.mean(), "no_signal": outcomes.min() == outcomes.max(), "explained_variance": explained,
         "kl": data["kl"].sum(1).mean(), "kl_k1": kl_k1.sum(1).mean(), "entropy": masked_mean(data["entropy"], mask)}
     return data, {k: float(v) for k, v in log.items()} | {
@@ -421,8 +421,10 @@ def all_starts(problems, policy, tokenizer, args):
         raise InputError(f"--train-size {args.train_size}, --operations-train {args.operations_train}: no training problem has "
                          f"--operations-low {low} to --operations-high {high} steps")
     starts = [start_states(problem, tokenizer, args) for problem in long]
-    if args.method in ("r3", "staged"):                              # the last gives most
-        check_memory(policy.config, fits([states[-1] for states in starts], policy, args), args)
+    lasts = fits([states[-1] for states in starts] if args.method in ("r3", "staged") else [], policy, args)     # give most
+    longest = lambda problems: max((row_length(problem, args) for problem in problems), default=0)
+    if longest(lasts) > longest(long):
+        check_memory(policy.config, lasts, args)
     return starts
 
 
@@ -748,9 +750,11 @@ def read_tests(args):
     """The problems of each file of --eval-data, all or args.eval_size of one; of several files they name theirs as "set"."""
     paths, tests = args.eval_data.split(","), []
     names = [Path(path).stem for path in paths]
-    if taken := {"strict", "last", "fixed", "own"}.intersection(names if len(names) > 1 else ()):
-        raise InputError(f"--eval-data: of several files none may be called {taken.pop()}, as a metric's name begins so")
-    for name, path in zip(names if len(set(names)) == len(names) else paths, paths):
+    names = names if len(set(names)) == len(names) else paths
+    words = "strict", "last", "sampled", "swapped", "fixed", "own"
+    if len(names) > 1 and (taken := {*words, *(f"{name}_{word}" for name in names for word in words)} & {*names}):
+        raise InputError(f"--eval-data: of several files none may be called {taken.pop()}, with which a metric's name begins")
+    for name, path in zip(names, paths):
         problems = read_problems(path, args)
         problems = [p for p in problems if p.get("split") == "test"] or problems
         tests += [p | ({"set": name} if len(paths) > 1 else {}) for p in problems[:args.eval_size or None]]
@@ -835,7 +839,8 @@ def check_memory(config, problems, args):
     say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
         f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
         f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
-    if args.device == "cuda" and found["least"] > (free := free_memory(torch.device("cuda")) - 2 ** 29):    # what CUDA takes
+    free = lambda: free_memory(torch.device("cuda")) + torch.cuda.memory_allocated() - 2 ** 29       # what CUDA itself takes
+    if args.device == "cuda" and found["least"] > (free := free()):
         smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
         fitting = [f"{'' if more == shards else f'--shard on {more} GPUs, '}--micro-batch-size {fewer}"
                    f"{' --checkpoint-activations' if again else ''}"
@@ -1526,7 +1531,7 @@ def say(text):
 
 def print_ids(name, ids, tokenizer):
     """A text with its token ids: a forgotten template, a doubled BOS or a missing end token shows here."""
-    say(f"  {name}: {tokenizer.decode(ids)!r}\n  its ids: {ids}")
+    say(f"  {name}: {tokenizer.decode(ids, goes_on=True)!r}\n  its ids: {ids}")
 
 
 def write_whole(path, write):
@@ -1872,13 +1877,12 @@ def check_args(args):
         value = getattr(args, f.name)
         may_be_0 = "seed", "eval_size", "train_size", "warmup_epochs", "iterations", "vote_k"
         least = 0 if f.type is float or f.name in may_be_0 else 1
-        limit = 2 ** 31 if f.type is int and f.name != "seed" else math.inf
-        if f.type in (int, float) and not least <= value < limit:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, at least {least}"
-                             + (f" and below {limit}" if value >= limit < math.inf else ""))
+        most = math.inf if f.type is float else 10 ** 12 if f.name == "seed" else 10 ** 9
+        if f.type in (int, float) and not least <= value <= most or value == math.inf:
+            bounds = f"at least {least}" if f.type is float else f"from {least} to {most}"
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be a finite number, {bounds}")
     conflicts = {f"--n-embd {args.n_embd} --n-head {args.n_head}: the width must be an even multiple of the heads":
                      args.n_embd % (2 * args.n_head),
-                 f"--seed {args.seed}: must be at most 10^12": args.seed > 10 ** 12,
                  "--tensorboard: the package is not installed (pip install tensorboard)":
                      args.tensorboard and not importlib.util.find_spec("tensorboard"),
                  f"--device cuda: torch sees {torch.cuda.device_count() or 'no'} GPUs here, each process needs one":

@@ -33,7 +33,7 @@ SFT = f"{SVAMP} --method sft --minibatch-size 64 --iterations 216 --eval-every 1
 REFT = f"{SVAMP} --minibatch-size 256 --iterations 100 --eval-every 10 --vf-coef 1"
 
 FIRST = {"ppo_reft-2": 400, "r3-2": 400, "score-2": 400}             # the first seed of a script or design; else 100
-GATED = "r3-2",                                                      # whose arms have the seeds of the bases that pass
+GATED = ("r3-2",)                                                    # whose arms have the seeds of the bases that pass
 
 # {script, or script-design: {arm: (how many seeds, flags)}}
 ARMS = {
@@ -246,14 +246,16 @@ def fill(args):
     arms = args.only.split(",") if args.only else list(ARMS[args.script])
     if args.script in GATED and not args.gated and arms != ["base"]:
         sys.exit(f"{args.script}: first --only base, then the other arms with --gated")
+    if args.out == ROOT / f"results/evidence-{args.script}.json" and not registered <= seeds[0] <= seeds[-1] < registered + 100:
+        sys.exit(f"--seeds {args.seeds}: not registered; trials have an --out of their own")
     if args.gated:
         missing, seeds = ARMS[args.script]["base"][0] - sum(row["arm"] == "base" for row in rows), passing(args.script, rows)
         if missing:
             sys.exit(f"{args.out}: --gated goes by all bases, and {missing} are not there yet")
     done = {(row["arm"], row["seed"]) for row in rows}
-    others = lambda arm: () if args.gated else range(registered + ARMS[args.script][arm][0], registered + 100)   # of longer arms
+    longer = lambda arm, seed: not args.gated and registered + ARMS[args.script][arm][0] <= seed < registered + 100
     todo = [(arm, seed) for arm in arms for seed in seeds[:ARMS[args.script][arm][0]]
-            if seed not in others(arm) and (arm, seed) not in done]
+            if (arm, seed) not in done and not longer(arm, seed)]                        # a seed of arms with more only
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     left = run_all(args, todo, rows, code)
     print(f"{args.out}: {len(rows)} rows" + (f"; without a row: {left}, see {args.runs}/*.txt" if left else ""))

@@ -186,13 +186,13 @@ def test_rows_that_count_are_of_one_clean_commit():
         assert digest_at(script, rows[0]["commit"]) in (rows[0]["code"], None), script
         for row in rows:
             count, flags = evidence.ARMS[script][row["arm"]]
-            flags = [*flags.split(), "--device", row["args"]["device"]]
+            flags = [*flags.split(), "--device", "cpu"]
             if row["arm"] != "base" and "--warmup-epochs" not in flags:
                 flags += ["--model", "x", "--warmup-epochs", "0"]                  # the base's
             if row["args"]["train_data"]:
                 flags += ["--model", "x", "--train-data", row["args"]["train_data"], "--eval-data", row["args"]["eval_data"]]
             asked = vars(__import__(script.partition("-")[0]).parse_args(flags))
-            other = {name: x for name, x in row["args"].items() if asked.get(name, x) != x}.keys() - {"seed", "resume"}
+            other = {name: x for name, x in row["args"].items() if asked.get(name, x) != x}.keys() - {"seed", "resume", "device"}
             first = evidence.FIRST.get(script, 100)
             seeds = (evidence.passing(script, rows) if script in evidence.GATED and row["arm"] != "base"
                      else range(first, first + count))

@@ -143,7 +143,8 @@ def test_the_answer_line_is_no_line_of_the_demonstration():
 def test_the_boxed_answer_of_math_is_not_given(split, lines):
     """Nor what follows it; the rest of a demonstration that is nothing else is the policy's, too."""
     tokenizer, args = Tokenizer.from_pieces(PIECES), dataclasses.replace(ARGS, split=split)
-    for text, given_lines in ("One.\nTwo.\nSo $\\boxed{3}$,\nand that\nwas all.", lines), ("\\boxed{3}\nas it is.", [0] * 5):
+    cases = {"One.\nTwo.\nSo $\\boxed{3}$,\nand that\nwas all.": lines, "\\boxed{3}\nas it is.": [0] * 5, "1\n2\n\\boxed{3}": lines}
+    for text, given_lines in cases.items():
         problem = {"header": "", "prompt": [1], "cot": text, "response": tokenizer.encode(text)}
         starts = [state["header"] for state in r3.start_states(problem, tokenizer, args)]
         assert all(text.startswith(start) and "box" not in start for start in starts)

@@ -554,10 +554,11 @@ def test_test_files_of_one_name_are_told_apart(tmp_path):
     (["--method", "grpo"], ["--method", "reft", "online-st"]),
     (["--kl", "k9"], ["k1", "exact"]),
     (["--batch-size", "0"], ["--batch-size 0"]),
-    (["--micro-batch-size", str(2 ** 31)], ["--micro-batch-size", "below"]),
+    (["--micro-batch-size", str(2 ** 31)], ["--micro-batch-size", "to 1000000000"]),
     (["--lam", "1.5"], ["--lam"]),
     (["--model", "x", "--out", "x"], ["--out", "--model"]),          # whose config.json would change
     (["--model", "x", "--train-data", "x", "--eval-data", "a/strict.jsonl,b.jsonl"], ["--eval-data", "strict"]),
+    (["--model", "x", "--train-data", "x", "--eval-data", "a.jsonl,a_strict.jsonl"], ["--eval-data", "a_strict"]),
     (["--lr", "-1"], ["--lr"]),
     (["--lr", "nan"], ["--lr"]),
     (["--lr", "much"], ["--lr"]),
