@@ -74,7 +74,7 @@ def test_choice_pays_nothing_for_a_wrong_letter_and_counts_contradictions(monkey
     policy, ref = tiny(), tiny(seed=1)
     for said, share in ((texts, 1 / 4), (texts[:1] * 4, 0), (texts[1:2] * 4, 1), (texts[3:] * 4, 0)):
         words = Words()
-        words.decode = lambda ids, left=iter(said): next(left)
+        words.decode = lambda ids, goes_on, left=iter(said): next(left)
         log = reft.rollout(policy, policy, ref, [problem | {"prompt": [5]}] * 4, words, TOY)[1]
         assert log["contradictions"] == share                                           # of the rollouts that earn 1
 
