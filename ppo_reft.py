@@ -862,8 +862,10 @@ def check_memory(config, problems, args):
     say(f"memory of a process: {found['parameters'] / 1e6:.1f}M parameters; weights {size(found['weights'])}, gradients "
         f"{size(found['gradients'])}, optimiser {size(found['optimiser'])}, reference {size(found['reference'])}, cache "
         f"{size(found['cache'])} at most, activations of a micro-batch of {longest} tokens a row {size(found['activations'])}")
-    free = lambda: free_memory(torch.device("cuda")) + torch.cuda.memory_allocated() - 2 ** 29       # what CUDA itself takes
-    if args.device == "cuda" and found["least"] > (free := free()):
+    if args.device != "cuda":
+        return
+    free = free_memory(torch.device("cuda")) + torch.cuda.memory_allocated() - 2 ** 29       # less what CUDA itself takes
+    if found["least"] > free:
         smaller = [2 ** i for i in range(args.micro_batch_size.bit_length())][::-1]
         fitting = [f"{'' if more == shards else f'--shard on {more} GPUs, '}--micro-batch-size {fewer}"
                    f"{' --checkpoint-activations' if again else ''}"
