@@ -630,10 +630,13 @@ def test_cached_generation_equals_the_uncached_forward(name):
     tokens, mask, _ = generate(gpt, prompts, 40, temperature=0)
     continued = set()
     for prompt, row, m in zip(prompts, tokens.tolist(), mask):
-        expected = one_by_one(gpt, prompt, 40)
-        assert row[:len(expected)] == expected
-        assert m.sum() == len(expected) - len(prompt)
-        continued |= set(zip(expected[len(prompt) - 1:], expected[len(prompt):]))
+        start, end = len(prompt), len(prompt) + int(m.sum())
+        with torch.no_grad():                           # of a causal model: what one_by_one finds, in one forward
+            most_likely = gpt.logits(torch.tensor([row[:end]]))[0].argmax(-1).tolist()
+        assert row[:end] == prompt + most_likely[start - 1:-1]
+        assert m[start - 1:end - 1].all() and gpt.config.eos_id not in row[start:end - 1]
+        assert row[end - 1] == gpt.config.eos_id or end == start + 40
+        continued |= set(zip(row[start - 1:], row[start:end]))
     assert len(continued) > 20                          # a model that repeats one token would show nothing
 
 
@@ -1074,7 +1077,7 @@ def test_tokens_are_drawn_with_the_log_probs_of_the_uncached_forward(family, row
     # a single row goes on to the end; others end by a token that is drawn in about one place in a hundred
     gpt.config.eos_id = -1 if rows == 1 else {"gpt2": 10}.get(family, 0)
     take_kernels(fused, monkeypatch)
-    prompts = long_prompts(min(rows, dict(cpu=100, cuda=300)[device]))
+    prompts = long_prompts(min(rows, dict(cpu=60, cuda=300)[device]))
     optimizer = torch.optim.SGD(gpt.parameters(), 0.01)
     for seed in range(3):
         litter(device)
@@ -1090,10 +1093,10 @@ def test_tokens_are_drawn_with_the_log_probs_of_the_uncached_forward(family, row
         assert gap.mean() < ROUNDING[device] / 10 and gap.max() < ROUNDING[device]
         surprise = recomputed + entropy
         assert entropy.mean() > 1 and surprise.mean().abs() < 4 * surprise.std() / math.sqrt(len(surprise))
-
-        F.cross_entropy(gpt.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if seed < 2:
+            F.cross_entropy(gpt.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("device", [CUDA])

@@ -35,7 +35,7 @@ TINY = ["--train-size", "64", "--warmup-epochs", "2", "--warmup-batch-size", "8"
         "--minibatch-size", "8", "--micro-batch-size", "4", "--max-new-tokens", "12", "--eval-size", "8", "--eval-every", "3",
         "--save-every", "1", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--device", "cpu"]
 MORE = {"score": ["--minibatch-size", "32"],                          # it takes the whole rollout in one step
-        "prl": ["--demonstrations", "64", "--samples", "8"]}
+        "prl": ["--demonstrations", "32", "--samples", "8"]}
 
 
 def start(script, out, *flags, tiny=True, pictures=False):
