@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"      # before kernels are imported
     with suppress(ImportError):
         # At each call of a function in a kernel the interpreter goes through all names of the language again, to put its own
-        # functions in place of Triton's: half the time of these tests. So the names are found once.
+        # functions in place of Triton's: a third of the time of these tests. So the names are found once.
         from triton.language.core import is_builtin
         from triton.runtime import interpreter
         builtins = functools.cache(lambda package: [name for name, _ in inspect.getmembers(package, is_builtin)])
