@@ -123,6 +123,7 @@ ARMS = {
         "base": (24, "--iterations 0"),                              # of which sixteen that pass their gates go on: --gated
         "r3-8": (16, ""),
         "rl-8": (16, "--method rl"),
+        "rl-8-120": (16, "--method rl --iterations 120 --eval-every 20"),
         "rl-6": (16, "--operations-low 6 --operations-high 6 --method rl"),
         "r3-4": (16, "--operations-low 4 --operations-high 4"),
         "rl-4": (16, "--operations-low 4 --operations-high 4 --method rl"),

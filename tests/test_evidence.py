@@ -146,9 +146,15 @@ def test_the_registration_lists_every_arm_comparison_and_gate():
         assert listed == {arm: (seeds, flags or "-") for arm, (seeds, flags) in arms.items()}, script
         for claim in CLAIMS["claims"]:
             if claim["script"] == script and "a" in claim:
-                assert f"{claim['compared']} {claim['expect']} " in section, claim
+                margin = ", within 3 points" if claim["expect"] == "=" else ""
+                line = f"| {claim['id']} | {claim['compared']} {claim['expect']} 0{margin} | `{claim['metric']}` |\n"
+                assert section.count(line) == 1, line
         for gate in CLAIMS["gates"]:
-            assert gate["script"] != script or gate["name"].partition(": ")[2] in section, gate
+            if gate["script"] == script:
+                name = gate["name"].partition(": ")[2]
+                assert f"- {name} (`{gate['arm']}`, `{gate['metric']}`)\n" in section, gate
+                numbers = re.findall(r"(?:(\d+) to )?(\d+) (?:%|point)", name)
+                assert {int(n) for pair in numbers for n in pair if n} == {round(abs(100 * gate[x])) for x in ("low", "high")} - {0, 100}
 
 
 def test_readme_and_claims_say_what_the_rows_say():
