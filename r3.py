@@ -104,6 +104,7 @@ class Args:
     operations_low: int = 8          # T: fewest steps of a built-in dev or test problem, and of one that rollouts start from
     operations_high: int = 8         # most
     operations_train: int = 12       # most of a built-in training problem, the fewest is 1
+    look_ups: int = 3                # of a step; with more, a hasty line is harder to find in one's head
     # warm-up, on a linear schedule with 10 % warm-up steps as ReFT's (authors' code: cosine, Adam's betas 0.9 and 0.95)
     warmup_epochs: int = (1, 2)      # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
     warmup_batch_size: int = (16, 256)  # demonstrations an optimiser step; authors' code: 256
@@ -145,8 +146,9 @@ class Args:
         if self.stage_weights and not (len(weights) == self.stages and re.search("[1-9]", self.stage_weights)
                                        and all(re.fullmatch(r"\d{1,3}", weight) for weight in weights)):
             raise InputError(f"--stage-weights {self.stage_weights}: --stages {self.stages} needs as many from 0 to 999, not all 0")
-        if max(self.operations_high, self.operations_train) > STEPS:
-            raise InputError(f"--operations-high, --operations-train: built-in problems have at most {STEPS} steps")
+        if max(self.operations_high, self.operations_train, self.look_ups) > STEPS:
+            raise InputError("--operations-high, --operations-train, --look-ups: built-in problems have at most "
+                             f"{STEPS} steps, a step at most {STEPS} look-ups")
         if self.cot == "program" and not (self.train_data or self.eval_data):
             raise InputError("--cot program needs --train-data: built-in problems have no programs")
         if self.cot == "program":
@@ -347,7 +349,8 @@ def main(args):
     # the checkpoint that was best on the dev split, tested once, and the last one
     if "after" not in state:
         best = load_checkpoint(Path(args.out) / "model")[0].to(resting(args))
-        last = {"last_accuracy": evaluate(policy, test, tokenizer, args)["accuracy"]}
+        last = {f"last_{name}": x for name, x in test_report(policy, test, tokenizer, args).items()
+                if name in ("accuracy", "hasty_right")}
         tell("after", test_report(best, test, tokenizer, args) | last, state, args)
         save_run(modules, optimizer, state, args)
     summarise(len(test), state, args)
@@ -467,7 +470,7 @@ def judged_lines(problem, text):
     state, found = problem["start"], []
     for i, (step, line) in enumerate(itertools.zip_longest(problem["chain"], text.partition(ANSWER)[0].split("\n")), 1):
         letters = "".join(filter(str.isalpha, line or ""))
-        if letters != step or not re.fullmatch(rf"{i}:({step}|[a-h]\d[a-h]\d[a-h])\d", line):
+        if letters != step or not re.fullmatch(rf"{i}:({step}\d|([a-h]\d)+)", line):
             return found + [("malformed", False)]
         found.append(("hasty" if line == f"{i}:{step}{line[-1]}" else "careful", follow(state, step)[-1] == int(line[-1])))
         state = int(line[-1])
@@ -513,8 +516,8 @@ def follow(state, letters):
 
 
 def demonstration(start, chain, rng):
-    """The lines of a right solution, a step of three look-ups each. Its annotator chooses a style anew on each line: to write down
-    where every look-up leads (45 %), or where the third does, which is hard to find in one's head. The tables are permutations:
+    """The lines of a right solution, a step of some look-ups each. Its annotator chooses a style anew on each line: to write down
+    where every look-up leads (45 %), or where the last does, which is hard to find in one's head. The tables are permutations:
     no later step brings a wrong state back, so that a chain is a row of coins of which all must fall well."""
     lines, state = [], start
     for i, step in enumerate(chain, 1):
@@ -527,7 +530,7 @@ def demonstration(start, chain, rng):
 def builtin_problem(rng, operations, args):
     """A chain of look-ups from a start state, "1:abc2:fha=4", with a demonstration. The tables stand in no question: the warm-up
     learns them."""
-    start, chain = rng.randrange(10), ["".join(rng.choice([*TABLES]) for _ in range(3)) for _ in range(operations)]
+    start, chain = rng.randrange(10), ["".join(rng.choice([*TABLES]) for _ in range(args.look_ups)) for _ in range(operations)]
     end = follow(start, "".join(chain))[-1]
     return {"question": "".join(f"{i}:{step}" for i, step in enumerate(chain, 1)) + f"={start}", "start": start, "chain": chain,
             "cot": "\n".join(demonstration(start, chain, rng)), "answer": f"{end}", "gold": float(end)}

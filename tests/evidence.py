@@ -33,6 +33,7 @@ SFT = f"{SVAMP} --method sft --minibatch-size 64 --iterations 216 --eval-every 1
 REFT = f"{SVAMP} --minibatch-size 256 --iterations 100 --eval-every 10 --vf-coef 1"
 
 FIRST = {"ppo_reft-2": 400, "r3-2": 400, "score-2": 400}             # the first seed of a script or design; else 100
+FOUR = "--look-ups 4 --max-new-tokens 122"                            # of r3-2
 GATED = ("r3-2",)                                                    # whose arms have the seeds of the bases that pass
 
 # {script, or script-design: {arm: (how many seeds, flags)}}
@@ -120,13 +121,14 @@ ARMS = {
         "sft-960": (16, "--train-size 3000 --method sft --iterations 960 --eval-every 120"),
     },
     "r3-2": {
-        "base": (24, "--iterations 0"),                              # of which sixteen that pass their gates go on: --gated
-        "r3-8": (16, ""),
-        "rl-8": (16, "--method rl"),
-        "rl-8-120": (16, "--method rl --iterations 120 --eval-every 20"),
-        "rl-6": (16, "--operations-low 6 --operations-high 6 --method rl"),
-        "r3-4": (16, "--operations-low 4 --operations-high 4"),
-        "rl-4": (16, "--operations-low 4 --operations-high 4 --method rl"),
+        "base": (24, f"{FOUR} --iterations 0"),                       # of which sixteen that pass their gates go on: --gated
+        "r3-8": (16, FOUR),
+        "rl-8": (16, f"{FOUR} --method rl"),
+        "rl-8-120": (16, f"{FOUR} --method rl --iterations 120 --eval-every 20"),
+        "sft-8": (16, f"{FOUR} --method sft --iterations 150 --eval-every 50"),
+        "rl-6": (16, f"{FOUR} --operations-low 6 --operations-high 6 --method rl"),
+        "r3-4": (16, f"{FOUR} --operations-low 4 --operations-high 4"),
+        "rl-4": (16, f"{FOUR} --operations-low 4 --operations-high 4 --method rl"),
     },
     "score-2": {
         "base": (16, "--warmup-epochs 8 --method base"),

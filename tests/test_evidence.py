@@ -154,7 +154,8 @@ def test_the_registration_lists_every_arm_comparison_and_gate():
                 name = gate["name"].partition(": ")[2]
                 assert f"- {name} (`{gate['arm']}`, `{gate['metric']}`)\n" in section, gate
                 numbers = re.findall(r"(?:(\d+) to )?(\d+) (?:%|point)", name)
-                assert {int(n) for pair in numbers for n in pair if n} == {round(abs(100 * gate[x])) for x in ("low", "high")} - {0, 100}
+                bounds = {round(abs(100 * gate[side])) for side in ("low", "high")} - {0, 100}
+                assert {int(n) for pair in numbers for n in pair if n} == bounds, gate
 
 
 def test_readme_and_claims_say_what_the_rows_say():

@@ -231,8 +231,9 @@ def test_builtin_problems_have_the_seam_of_their_demonstrations():
             assert "####" not in state["header"]
 
 
-def test_builtin_demonstrations_follow_the_tables_and_change_their_style_line_by_line():
-    problems, tokenizer, args = builtin(train_size=400)
+@pytest.mark.parametrize("look_ups", [3, 4])
+def test_builtin_demonstrations_follow_the_tables_and_change_their_style_line_by_line(look_ups):
+    problems, tokenizer, args = builtin(train_size=400, look_ups=look_ups)
     texts = [tokenizer.decode(p["response"][:-1]) for p in problems]
     assert (r3.reward(r3.read_answers(texts, problems, args), problems, args) == 1).all()        # right, however they are written
     assert all(sorted(table) == list(range(10)) for table in r3.TABLES.values())                # so no wrong state comes back
@@ -240,14 +241,17 @@ def test_builtin_demonstrations_follow_the_tables_and_change_their_style_line_by
     for problem, text in zip(problems, texts):
         assert problem["response"] == tokenizer.encode(text) + [tokenizer.eos_id]
         state, styles = int(problem["question"].partition("=")[2]), []
-        steps = re.findall(r"(\d+):([a-h]{3})", problem["question"])
+        steps = re.findall(rf"(\d+):([a-h]{{{look_ups}}})", problem["question"])
         for (number, step), line in zip(steps, problem["cot"].split("\n"), strict=True):
-            a = r3.TABLES[step[0]][state]
-            b = r3.TABLES[step[1]][a]
-            state = r3.TABLES[step[2]][b]
-            styles.append(line == f"{number}:{step[0]}{a}{step[1]}{b}{step[2]}{state}")
+            long = f"{number}:"
+            for letter in step:
+                state = r3.TABLES[letter][state]
+                long += f"{letter}{state}"
+            styles.append(line == long)
             assert styles[-1] or line == f"{number}:{step}{state}"
         assert state == problem["gold"]
+        judged = r3.judged_lines(problem, text)
+        assert judged == [("careful" if style else "hasty", True) for style in styles]
         careful, both = careful + styles, both + (len(set(styles)) == 2)
     assert sum(careful) / len(careful) == pytest.approx(0.45, abs=4 * (0.25 / len(careful)) ** 0.5) and both > 250
 
@@ -281,7 +285,8 @@ def test_the_prediction_is_the_product_of_the_coins(monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [({"cot": "program"}, "--cot program needs --train-data"),
                                           ({"operations_train": 17}, "at most 16 steps"),
-                                          ({"operations_high": 17}, "at most 16 steps")])
+                                          ({"operations_high": 17}, "at most 16 steps"),
+                                          ({"look_ups": 17}, "at most 16 look-ups")])
 def test_what_built_in_problems_cannot_be_is_refused(flags, words):
     with pytest.raises(InputError, match=words):
         dataclasses.replace(ARGS, **flags)
