@@ -104,7 +104,7 @@ class Args:
     operations_low: int = 8          # T: fewest steps of a built-in dev or test problem, and of one that rollouts start from
     operations_high: int = 8         # most
     operations_train: int = 12       # most of a built-in training problem, the fewest is 1
-    look_ups: int = 3                # of a step; with more, a hasty line is harder to find in one's head
+    look_ups: int = 3                # of a step; 4 (with --max-new-tokens 122): hasty lines are harder to find in one's head
     # warm-up, on a linear schedule with 10 % warm-up steps as ReFT's (authors' code: cosine, Adam's betas 0.9 and 0.95)
     warmup_epochs: int = (1, 2)      # passes over the training demonstrations (authors' code: 2); 0: none (needs --model)
     warmup_batch_size: int = (16, 256)  # demonstrations an optimiser step; authors' code: 256

@@ -153,9 +153,10 @@ def test_the_registration_lists_every_arm_comparison_and_gate():
             if gate["script"] == script:
                 name = gate["name"].partition(": ")[2]
                 assert f"- {name} (`{gate['arm']}`, `{gate['metric']}`)\n" in section, gate
-                numbers = re.findall(r"(?:(\d+) to )?(\d+) (?:%|point)", name)
-                bounds = {round(abs(100 * gate[side])) for side in ("low", "high")} - {0, 100}
-                assert {int(n) for pair in numbers for n in pair if n} == bounds, gate
+                how, least, most = re.search(r"(?:(at most|within|in) )?(?:(\d+) to )?(\d+) (?:%|points?\b)", name).groups()
+                low = least or {"at most": 0, "within": "-" + most, "in": most}[how]
+                bounds = int(low), 100 if how == "in" else int(most)
+                assert bounds == (round(100 * gate["low"]), round(100 * gate["high"])), gate
 
 
 def test_readme_and_claims_say_what_the_rows_say():

@@ -187,6 +187,7 @@ def test_a_run_writes_its_folder(script, method, folder):
     assert (summary["script"], summary["method"], summary["seed"], summary["problems"]) == (script, method, 0, 8)
     assert 0 <= summary["before"]["accuracy"] <= 1 and 0 <= summary["after"]["accuracy"] <= 1 and summary["seconds"] > 0
     assert {"last_t1", "last_t2"} <= summary["after"].keys() if script == "score" else 0 <= summary["after"]["last_accuracy"] <= 1
+    assert ("last_hasty_right" in summary["after"]) == (script == "r3")
     info = json.loads((out / "args.json").read_text())
     assert info["args"]["method"] == method and {"torch", "python", "device", "commit", "clean", "inputs"} <= info.keys()
     log = read_log(out)
