@@ -281,7 +281,7 @@ def write_claims():
     readme.write_text(text)
     for script, found in rows.items():
         picture = ROOT / f"results/evidence-{script}.png"
-        arms = list(dict.fromkeys(row["arm"] for row in found if len(row["dev"]) > 1))[:6]
+        arms = list(dict.fromkeys(row["arm"] for row in found if len(row["dev"]) > 1))[:8]
         if script == "prl":
             plot_frontier(found, picture)
         elif arms:                                                   # a file may hold bases only, which have no curve
