@@ -14,27 +14,38 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"           # before torch is imported: files that run side by side do not fight for the cores
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"      # before kernels are imported
-    with suppress(ImportError):
-        # At each call of a function in a kernel the interpreter goes through all names of the language again, to put its own
-        # functions in place of Triton's: a third of the time of these tests. So the names are found once.
-        from triton.language.core import is_builtin
-        from triton.runtime import interpreter
-        builtins = functools.cache(lambda package: [name for name, _ in inspect.getmembers(package, is_builtin)])
-        interpreter._patch_builtin = lambda package, *more: [
-            interpreter._patch_attr(package, name, member, *more)
-            for name in builtins(package) if is_builtin(member := getattr(package, name))]
+gc.set_threshold(100_000, 50, 100)            # imports and tests make objects by the million, and few of them are garbage
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # begin first, so that no long file is left over at the end
-LONGEST = [f"test_{name}.py" for name in ("scripts", "model", "kernels", "ranks", "baselines", "score", "programs")]
+LONGEST = [f"test_{name}.py" for name in (
+    "scripts", "model", "kernels", "ranks", "baselines", "score", "programs", "kernels_sample", "kernels_decode", "r3", "latex",
+    "gpu", "evidence", "hub", "kernels_aot", "answers", "prl")]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU")
+    if getattr(config.option, "dist", "no") != "no":
+        return                                # hands the files out and runs no test: its workers start the sooner without torch
+    import torch
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
+        with suppress(ImportError):
+            # At each call of a function in a kernel the interpreter goes through all names of the language again, to put its own
+            # functions in place of Triton's: a third of the time of these tests. So the names are found once, and nothing is
+            # done where they are in place already, as in a call from within a kernel: all of a module's are, or none.
+            from triton.language.core import is_builtin
+            from triton.runtime import interpreter
+            builtins = functools.cache(lambda package: [name for name, _ in inspect.getmembers(package, is_builtin)])
+
+            def patch_builtin(package, *more):
+                for name in builtins(package):
+                    if not is_builtin(member := getattr(package, name)):
+                        break
+                    interpreter._patch_attr(package, name, member, *more)
+
+            interpreter._patch_builtin = patch_builtin
 
 
 @pytest.hookimpl(tryfirst=True)               # before pytest-xdist looks at its options
@@ -47,6 +58,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_modifyitems(items):
+    import torch
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 To start an interpreter for each of some eighty runs would take minutes, and a fork of the tests' own process is of no use once
 CUDA or autograd have threads in it. So one clean process loads what the scripts need, and each run is a fork of that.
 """
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -13,9 +14,10 @@ import sys
 import tempfile
 import threading
 import types
-from contextlib import suppress
 from pathlib import Path
 from unittest import mock
+
+gc.set_threshold(100_000, 50, 100)                     # as in conftest.py: torch is loaded the sooner
 
 import torch
 from matplotlib.figure import Figure
@@ -40,13 +42,16 @@ for name in SCRIPTS:                                   # once for all forks
     code_of(ROOT / f"{name}.py")
 
 
+def no_pictures():
+    """In it nothing is drawn, and the files of pictures stay empty: to draw takes longer than all the rest of a small run."""
+    axes = mock.MagicMock()
+    axes.plot.return_value = [axes]
+    return mock.patch.multiple(Figure, add_subplot=lambda *_, **__: axes,
+                               savefig=lambda figure, path, **_: Path(path).write_bytes(b""))
+
+
 def run_script(script, argv, folder, environment, files, pictures):
-    """What a forked process does: as `python script.py argv` in that folder and environment, with stdout and stderr in files.
-    Without pictures nothing is drawn, and their files stay empty: to draw takes longer than all the rest of a small run."""
-    if not pictures:
-        axes = mock.MagicMock()
-        axes.plot.return_value = [axes]
-        Figure.add_subplot, Figure.savefig = lambda *_, **__: axes, lambda figure, path, **_: Path(path).write_bytes(b"")
+    """What a forked process does: as `python script.py argv` in that folder and environment, with stdout and stderr in files."""
     for stream, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     gc.freeze()                                        # what was loaded before the fork is not looked through again
@@ -57,7 +62,8 @@ def run_script(script, argv, folder, environment, files, pictures):
     sys.argv = [f"{script}.py", *argv]
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     main.__file__ = str(path := ROOT / f"{script}.py")
-    exec(code_of(path), vars(main))
+    with contextlib.nullcontext() if pictures else no_pictures():
+        exec(code_of(path), vars(main))
 
 
 def fork(target, *arguments):
@@ -77,7 +83,7 @@ class Running:
         self.process.start()
 
     def kill(self, number):
-        with suppress(ProcessLookupError):             # it has ended
+        with contextlib.suppress(ProcessLookupError):  # it has ended
             os.kill(self.process.pid, number)
 
     def ended(self):

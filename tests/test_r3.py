@@ -12,6 +12,7 @@ import torch
 import ppo_reft as reft
 import r3
 from model import GPT, GPTConfig, InputError, Tokenizer
+from processes import no_pictures
 from test_losses import Words, tiny
 
 ARGS = dataclasses.replace(r3.Args(), device="cpu")
@@ -435,7 +436,8 @@ def outcome_of(module, out, **flags):
     """A run's log without times, and its weights."""
     defaults = {f.name: f.default for f in dataclasses.fields(reft.Args)}
     names = {f.name for f in dataclasses.fields(module.Args)}
-    module.main(module.Args(**({k: v for k, v in defaults.items() if k in names} | SMALL | {"out": str(out)} | flags)))
+    with no_pictures():
+        module.main(module.Args(**({k: v for k, v in defaults.items() if k in names} | SMALL | {"out": str(out)} | flags)))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     other = re.compile("seconds|phases|tokens_per_second|total_tokens|stage_")
     log = [{k: v for k, v in r.items() if not other.match(k)} for r in log]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from model import load_checkpoint
-from processes import Running, fork
+from processes import ROOT, Running, code_of, fork
 from test_scripts import MORE, TINY, assert_same_run, lines_of, read_log, weights
 
 
@@ -61,9 +61,16 @@ CASES = {"reft": ("ppo_reft", 0, []), "r3": ("r3", 0, []), "prl": ("prl", 0, GRO
 SHARDED = ("reft, exact KL", "r3", "prl, KL loss", "score, stage II")            # with --shard, too
 
 
+def imported(script):
+    """The script's module as this process imports it: a fork holds that of the process that it is a fork of."""
+    module = importlib.import_module(script)
+    exec(code_of(ROOT / f"{script}.py"), vars(module))
+    return module
+
+
 def update_once(script, stage, flags, file, links):
     """What a process has after one update on the rollout in file, which is made where there is none."""
-    module = importlib.reload(importlib.import_module(script))
+    module = imported(script)
     module.LINKS = links
     args = module.parse_args([*SMALL, *flags])
     _, tokenizer, train, _, _ = module.prepare(args)
@@ -102,7 +109,7 @@ def update_once(script, stage, flags, file, links):
 def all_updates(environment, folder):
     """In a process of its own."""
     os.environ.update(environment)
-    module = importlib.reload(importlib.import_module("ppo_reft"))
+    module = imported("ppo_reft")
     module.connect()
     found = {name: update_once(*case, folder / f"{name}.pt", module.LINKS) for name, case in CASES.items()}
     for name in SHARDED if module.RANKS > 1 else ():
@@ -266,7 +273,8 @@ def stored(out):
     return moments | {f"{part} {name}": x for part, weights in found.items() for name, x in weights.items()}
 
 
-SHARD = ["--shard", "--iterations", "2", "--eval-every", "2", "--warmup-epochs", "1"]
+SHARD = ["--shard", "--iterations", "2", "--eval-every", "2", "--warmup-epochs", "1", "--group-size", "4", "--samples", "4",
+         "--eval-size", "4"]
 
 
 @functools.lru_cache(None)
@@ -317,7 +325,7 @@ def test_rounds_of_star_begin_at_the_base_with_shard_too(tmp_path):
 
 def save_again(environment, out):
     os.environ.update(environment)
-    module = importlib.reload(importlib.import_module("prl"))
+    module = imported("prl")
     module.connect()
     args = module.parse_args([*TINY, "--shard", "--out", str(out)])
     state, policy = module.load_state(args), module.initial_policy(args)[0]
