@@ -262,7 +262,7 @@ if __name__ == "__main__":
         tiles = {f"tiles of {h} x {w}": tiled(h, w) for w in (16384, 40960, 65536) for h in (512, 1024, 2048)}
         Qwen, GPT2 = 151936, 50304
         shapes = [(8192, Qwen, 896), (8192, Qwen, 4096), (8192, GPT2, 768), (1024, Qwen, 1536), (8192, Qwen, 1536)]
-        for N, V, D in shapes if bench.CUDA else [(16, GPT2, 256)]:
+        for N, V, D in shapes if bench.CUDA else [(64, GPT2, 256)]:
             x, W, noise = (bench.normal(n, D, dtype=torch.bfloat16, seed=i) for i, n in enumerate((N, V, N)))
             W, y = W * (2 * D ** -0.5), bench.tokens(N, V)
             cases = [("linear_logprobs", calls, [x, W], [y], 1, 4),

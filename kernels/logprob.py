@@ -208,7 +208,7 @@ if __name__ == "__main__":
         if bench.CUDA:
             calls["torch.compile"] = torch.compile(plain, dynamic=True)
         shapes = [(8192, 151936, torch.bfloat16), (8192, 151936, torch.float32), (8192, 50257, torch.bfloat16)]
-        for N, V, dtype in shapes if bench.CUDA else [(16, 50257, torch.float32)]:
+        for N, V, dtype in shapes if bench.CUDA else [(64, 50257, torch.float32)]:
             z, y = bench.peaked(N, V, dtype), bench.tokens(N, V)
             GB = z.nbytes / 1e9
             yield f"token_logprobs N={N} V={V} {dtype}", calls, plain, [z], [y], "GB/s", (GB, 3 * GB)

@@ -18,15 +18,16 @@ import pytest
 gc.set_threshold(100_000, 50, 100)            # imports and tests make objects by the million, and few of them are garbage
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# begin first, so that no long file is left over at the end
-LONGEST = [f"test_{name}.py" for name in (
+# in this order, by time, so that no long file is left over at the end
+ORDER = [f"test_{name}.py" for name in (
     "scripts", "model", "kernels", "ranks", "baselines", "score", "programs", "kernels_sample", "kernels_decode", "r3", "latex",
     "gpu", "evidence", "hub", "kernels_aot", "answers", "prl")]
 
 
+@pytest.hookimpl(trylast=True)                # when pytest-xdist has decided
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU")
-    if getattr(config.option, "dist", "no") != "no":
+    if config.pluginmanager.hasplugin("dsession"):
         return                                # hands the files out and runs no test: its workers start the sooner without torch
     import torch
     if not torch.cuda.is_available():
@@ -34,7 +35,7 @@ def pytest_configure(config):
         with suppress(ImportError):
             # At each call of a function in a kernel the interpreter goes through all names of the language again, to put its own
             # functions in place of Triton's: a third of the time of these tests. So the names are found once, and nothing is
-            # done where they are in place already, as in a call from within a kernel: all of a module's are, or none.
+            # done where they are in place already, as in a call from within a kernel: of the names found all are, or none.
             from triton.language.core import is_builtin
             from triton.runtime import interpreter
             builtins = functools.cache(lambda package: [name for name, _ in inspect.getmembers(package, is_builtin)])
@@ -59,7 +60,7 @@ def pytest_cmdline_main(config):
 
 def pytest_collection_modifyitems(items):
     import torch
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER))
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

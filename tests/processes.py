@@ -43,7 +43,7 @@ for name in SCRIPTS:                                   # once for all forks
 
 
 def no_pictures():
-    """In it nothing is drawn, and the files of pictures stay empty: to draw takes longer than all the rest of a small run."""
+    """A context in which nothing is drawn and pictures are empty files: to draw takes longer than the rest of a small run."""
     axes = mock.MagicMock()
     axes.plot.return_value = [axes]
     return mock.patch.multiple(Figure, add_subplot=lambda *_, **__: axes,

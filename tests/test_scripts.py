@@ -34,7 +34,9 @@ DIFFERS = {"Args", "reward", "rollout", "loss_fn", "main", "attempt", "demonstra
 TINY = ["--train-size", "64", "--warmup-epochs", "2", "--warmup-batch-size", "8", "--iterations", "3", "--batch-size", "8",
         "--minibatch-size", "8", "--micro-batch-size", "4", "--max-new-tokens", "12", "--eval-size", "8", "--eval-every", "3",
         "--save-every", "1", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--device", "cpu"]
-MORE = {"score": ["--minibatch-size", "32"],                          # it takes the whole rollout in one step
+# of score the optimiser takes the whole rollout in one step, and some attempts must be right, or nothing is trained
+MORE = {"score": ["--minibatch-size", "32", "--warmup-epochs", "4", "--warmup-lr", "0.01", "--operations-low", "1",
+                  "--operations-high", "1"],
         "prl": ["--demonstrations", "32", "--samples", "8"]}
 
 
@@ -193,6 +195,7 @@ def test_a_run_writes_its_folder(script, method, folder):
     log = read_log(out)
     assert [r["event"] for r in log] == ["warmup", "iteration", "iteration", "iteration", "end"]
     assert [r["iteration"] for r in log[1:-1]] == [1, 2, 3] and "dev_accuracy" in log[3]
+    assert any(r["grad_norm"] for r in log[1:-1])                              # it was trained
     assert "->" in printed and printed.count("iteration ") >= 3
     assert "first prompt" in printed and "its ids: [" in printed
     if "sft" not in method and "offline" not in method:
