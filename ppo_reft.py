@@ -83,7 +83,7 @@ class Args:
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), run in a sandbox
     prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
     system: str = ""                 # system message of --prompt chat
-    out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
+    out: str = ""                    # run folder; empty: runs/<script>-<method, or evaluate>-s<seed>
     seed: int = 0                    # of everything random, the built-in test problems too; the dev problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
@@ -95,6 +95,7 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
+    # problems
     train_size: int = (4000, 0)      # problems to train on; of a file so many rows, 0: all
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 6         # most
@@ -123,8 +124,8 @@ class Args:
     partial_reward: float = 0.1      # reward of a wrong number where the right answer is a number; paper: 0.1
     grad_clip: float = 1.0           # norm of the gradient; authors' code: 1.0
     # self-training and reranking
-    samples: int = (4, 100)          # of the warm-up model per training question, T = 1
-    keep: int = 10                   # at most so many right ones, all different, join the demonstrations; paper: 10
+    samples: int = (4, 100)          # of the warm-up model per training question, T = 1: for offline-st and --rerank
+    keep: int = 10                   # offline-st: at most so many right ones, all different, join the demonstrations; paper: 10
     rerank_epochs: int = 3           # of the reranker over those samples, labelled right or wrong; paper: 3
     rerank_lr: float = (5e-4, 1e-6)  # falls linearly; paper: 1e-6 (7B)
     # reports
@@ -635,13 +636,13 @@ def read_letter(text):
 
 
 def contradictions(data, texts, problems):
-    """{"contradictions": which responses choose the right letter after a rationale in words that arrives at another option's
-    number: a wrong chain with the right letter earns the full reward}. Nothing where no answer is a letter."""
+    """{"contradictions": which responses choose the right letter after a rationale in words that arrives at another number: a
+    wrong chain with the right letter earns the full reward}. Nothing of programs, nor where no answer is a letter."""
     def contradicts(text, problem):
         option, reached = re.search(rf"\b{problem['gold']} \) (\S+)", problem["question"]), re.findall(r"= (\S+)", text)
         return bool(option and reached and read_number(reached[-1]) != read_number(option[1]))
 
-    lettered = [isinstance(problem["gold"], str) and not is_latex(problem["gold"]) for problem in problems]
+    lettered = [isinstance(p["gold"], str) and not is_latex(p["gold"]) and not p.get("header") for p in problems]
     if not any(lettered):
         return {}
     return {"contradictions": [letter and outcome == 1 and contradicts(text, problem) for letter, outcome, text, problem
@@ -1878,17 +1879,21 @@ def settle(args):
 
 def parse_args(argv=None):
     """Args from the command line, a flag for each with the comment behind it as its help; checked."""
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"error: {message}")
     source = Path(__file__).read_text(encoding="utf-8").partition("class Args:")[2].partition("\n\n\n")[0]
-    texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
+    group, flags = parser, {}
+    for block, name, text in re.findall(r"^    (?:# (.*)|(\w+): .*?# (.*))$", source, re.M):
+        group = parser.add_argument_group(block) if block else group
+        flags[name] = group, text
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
         default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
-        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+        group, text = flags[f.name]
+        text = text.replace("%", "%%") + ("" if default == "" else f" (default: {default})")
+        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     args.out = args.out or f"runs/{Path(__file__).stem}-{'evaluate' if args.evaluate_only else args.method}-s{args.seed}"

@@ -88,7 +88,7 @@ class Args:
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), run in a sandbox
     prompt: str = "paper"            # the paper's; chat: the checkpoint's chat template; or a text with {question} and \n
     system: str = ""                 # system message of --prompt chat
-    out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
+    out: str = ""                    # run folder; empty: runs/<script>-<method, or evaluate>-s<seed>
     seed: int = 0                    # of everything random, the test problems too; other built-in problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
@@ -100,6 +100,7 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
+    # problems
     train_size: int = (25600, 0)     # problems to train on; of a file so many rows, 0: all
     operations_low: int = 8          # T: fewest steps of a built-in dev or test problem, and of one that rollouts start from
     operations_high: int = 8         # most
@@ -1858,17 +1859,21 @@ def settle(args):
 
 def parse_args(argv=None):
     """Args from the command line, a flag for each with the comment behind it as its help; checked."""
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"error: {message}")
     source = Path(__file__).read_text(encoding="utf-8").partition("class Args:")[2].partition("\n\n\n")[0]
-    texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
+    group, flags = parser, {}
+    for block, name, text in re.findall(r"^    (?:# (.*)|(\w+): .*?# (.*))$", source, re.M):
+        group = parser.add_argument_group(block) if block else group
+        flags[name] = group, text
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
         default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
-        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+        group, text = flags[f.name]
+        text = text.replace("%", "%%") + ("" if default == "" else f" (default: {default})")
+        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     args.out = args.out or f"runs/{Path(__file__).stem}-{'evaluate' if args.evaluate_only else args.method}-s{args.seed}"

@@ -91,7 +91,7 @@ class Args:
     cot: Literal["text", "program"] = "text"    # rationales in words (N-CoT); Python programs (P-CoT), from files only
     prompt: str = "paper"            # requests as the paper's; chat: the checkpoint's chat template; or a text with {question}, \n
     system: str = ""                 # system message of --prompt chat
-    out: str = ""                    # run folder; empty: runs/<script>-<method>-s<seed>
+    out: str = ""                    # run folder; empty: runs/<script>-<method, or evaluate>-s<seed>
     seed: int = 0                    # of everything random, the built-in test problems too; the dev problems are always the same
     device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
@@ -103,13 +103,14 @@ class Args:
     n_layer: int = 2                 # layers
     n_head: int = 4                  # attention heads
     n_embd: int = 64                 # width
+    # problems
     train_size: int = (14000, 0)     # problems to train on; of a file so many rows, 0: all
     operations_low: int = 3          # fewest operations of a built-in dev or test problem
     operations_high: int = 4         # most
     operations_train: int = 4        # most of a built-in training problem, the fewest is 1
     # warm-up, on a linear schedule with 10 % warm-up steps
     warmup_epochs: int = (4, 0)      # passes over the demonstrations; 0 with --model: take the checkpoint as it is (paper)
-    warmup_batch_size: int = 16      # demonstrations an optimiser step
+    warmup_batch_size: int = 16      # demonstrations an optimiser step, and kept traces one of the supervised baselines
     warmup_lr: float = (2e-3, 1e-5)  # peak; 1e-5 for a pretrained model
     copies: float = 0.88             # share of built-in demonstrations of two turns whose y2 repeats y1
     wrong: float = 0.5               # share of their first attempts that announce a wrong answer
@@ -155,8 +156,8 @@ class Args:
             "--task code, --cot program: each needs --train-data or --eval-data, and goes without the other":
                 programs > bool(self.train_data or self.eval_data),
             "--turn2-weight would weigh the KL too in --kl-mode reward": self.turn2_weight != 1 and self.kl_mode == "reward",
-            "--method single-turn trains its own first attempts on r1 alone: no --offline-fraction, no --gamma":
-                self.method == "single-turn" and (self.offline_fraction or self.gamma)}
+            "--method single-turn trains its own first attempts on r1 alone: no --offline-fraction, --gamma or --norm-std joint":
+                self.method == "single-turn" and (self.offline_fraction or self.gamma or self.norm_std == "joint")}
         for message, wrong in conflicts.items():
             if wrong:
                 raise InputError(message)
@@ -682,7 +683,8 @@ def builtin_problem(rng, operations, args):
 
 
 def builtin_tokenizer(args):
-    """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token."""
+    """The vocabulary of the built-in problems: each number, and each fixed piece of text, is one token. Those from "abcdex" on,
+    and a program's first lines, are ppo_reft.py's: no problem here has them."""
     return Tokenizer.from_pieces([str(number) for number in range(10)] + PROMPT.split("{question}")
                                  + ['def solution():\n    """', '"""\n', ANSWER, "What is ", "?", " + ", " - ", " = ", "\n",
                                     *"abcdex", " ) ", " , ", "    return ", "    ", '"'])
@@ -724,6 +726,8 @@ def encode_problem(problem, tokenizer, args):
     episode may add to the prompt. In a chat p1 is the user's second message, without the line that the response goes on from."""
     before, again, refine = turns(args)
     again = refine if args.method == "self-refine" else again
+    if is_latex(problem.get("gold")):
+        before, again = [text.replace("is: answer", "is: \\boxed{answer}") for text in (before, again)]
     program = args.cot == "program"
     header, question = program_header(problem["question"]) if program else "", problem["question"]
     whole = program or args.task == "code" or problem.get("answer_first")               # built-in ones begin with the answer
@@ -2114,17 +2118,21 @@ def settle(args):
 
 def parse_args(argv=None):
     """Args from the command line, a flag for each with the comment behind it as its help; checked."""
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"error: {message}")
     source = Path(__file__).read_text(encoding="utf-8").partition("class Args:")[2].partition("\n\n\n")[0]
-    texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
+    group, flags = parser, {}
+    for block, name, text in re.findall(r"^    (?:# (.*)|(\w+): .*?# (.*))$", source, re.M):
+        group = parser.add_argument_group(block) if block else group
+        flags[name] = group, text
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         kind = dict(choices=get_args(f.type)) if get_args(f.type) else kind
         default = f"{f.default[0]}; with --train-data {f.default[1]}" if isinstance(f.default, tuple) else f.default
-        text = texts[f.name].replace("%", "%%") + ("" if default == "" else f" (default: {default})")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+        group, text = flags[f.name]
+        text = text.replace("%", "%%") + ("" if default == "" else f" (default: {default})")
+        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     args.out = args.out or f"runs/{Path(__file__).stem}-{'evaluate' if args.evaluate_only else args.method}-s{args.seed}"

@@ -61,7 +61,8 @@ def test_a_new_advantage(fork):
 def test_a_new_task_with_its_own_verifier(fork):
     """Countdown: any expression of the numbers counts, and nothing else does; the warm-up's demonstrations do."""
     module, folder = fork("countdown")
-    args = module.Args(operations_low=2, operations_high=3, operations_hard=4, train_size=300, eval_size=20)
+    flags = re.search(r"python prl.py (--operations-low .*) --out", (ROOT / "README.md").read_text())[1].split()
+    args = module.parse_args([*flags, "--train-size", "300", "--eval-size", "20"])
     problem = {"numbers": [2, 7, 2], "gold": 7.0}
     say = lambda expression: module.reward(module.read_answers([f"2 + 7 + 2 = 11{module.ANSWER}{expression}"], [problem], args),
                                            [problem], args).item()
@@ -74,12 +75,12 @@ def test_a_new_task_with_its_own_verifier(fork):
     assert len({p["question"] for p in dev + test}) == len(dev + test) == 40
     for p in map(lambda p: module.encode_problem(p, tokenizer, args), train + dev + test):
         text = tokenizer.decode(p["response"][:-1])
-        assert module.reward(module.read_answers([text], [p], args), [p], args).item() == 1, text
+        assert len(p["response"]) <= args.max_new_tokens and module.reward(module.read_answers([text], [p], args), [p], args).item() == 1, text
         *lines, last = p["cot"].splitlines()
         assert all(eval(line.replace("=", "==")) for line in [*lines, last])
         assert eval(last.split("=")[1]) == p["gold"] and not any(eval(line.split("=")[1]) == p["gold"] for line in lines)
         assert [int(n) for n in re.findall(r"\d+", p["question"])] == [p["gold"], *p["numbers"]]
-    log, summary = finish(folder, "--operations-low", "2", "--operations-high", "3", "--operations-hard", "4")
+    log, summary = finish(folder, *flags)
     assert len(log) == 3 and 0 <= summary["after"]["accuracy"] <= 1
 
 

@@ -608,6 +608,15 @@ def test_a_file_has_one_turn_rows():
     assert score.warmup_rows([problem], tokenizer, flags(train_data="x")) == [([1, 2, 3], [False, True, True])]
 
 
+def test_latex_is_asked_for_in_the_box_that_counts_as_its_form():
+    args, letters = flags(train_data="x"), score.Tokenizer.from_pieces([chr(i) for i in range(32, 127)] + ["\n"])
+    for answer, gold in ((r"\boxed{4\pi}", r"\boxed{4\pi}"), ("4", 4.0)):
+        problem = score.encode_problem({"question": "Which?", "cot": "So.", "answer": answer, "gold": gold}, letters, args)
+        asked = 'the answer is: ' + (r"\boxed{answer}" if answer != "4" else "answer") + '"'
+        assert all(asked in letters.decode(problem[part]) for part in ("prompt", "again"))
+        assert score.in_form(f"So.\nTherefore, the answer is: {answer}", problem, args)
+
+
 # ---- traces of the supervised baselines --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method, expected", [
@@ -843,6 +852,7 @@ def test_every_switch_runs_through_both_stages(switches, tmp_path):
     (["--max-new-tokens", "250"], ["context"]),
     (["--batch-size", "9"], ["--minibatch-size 32", "36 rows"]),
     (["--method", "single-turn", "--gamma", "0.8"], ["--gamma"]),
+    (["--method", "single-turn", "--norm-std", "joint"], ["--norm-std joint"]),
     (["--kl-mode", "reward", "--turn2-weight", "11"], ["--turn2-weight"]),
 ])
 def test_impossible_flags_are_refused(switches, words, tmp_path):

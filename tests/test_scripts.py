@@ -150,6 +150,7 @@ def test_help_teaches(script):
     assert "Eq. 1" in text and "arXiv" in text
     flags = re.findall(r"^  --([\w-]+)", text, re.M)
     assert len(flags) > 25
+    assert {"run", "problems", "reinforcement learning", "reports"} <= set(re.findall(r"^(\w[\w ]*):$", text, re.M))    # by block
     for flag in flags:                                                       # each with a word of explanation and its default
         assert re.search(rf"--{flag}\b[^\n]*\s+\w+", text)
 
@@ -557,6 +558,7 @@ def test_test_files_of_one_name_are_told_apart(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--method", "grpo"], ["--method", "reft", "online-st"]),
     (["--kl", "k9"], ["k1", "exact"]),
+    (["--kl-co", "1"], ["--kl-co"]),                                 # no flag by its beginning: --kl would be --kl-coef in prl.py
     (["--batch-size", "0"], ["--batch-size 0"]),
     (["--micro-batch-size", str(2 ** 31)], ["--micro-batch-size", "to 1000000000"]),
     (["--lam", "1.5"], ["--lam"]),
