@@ -42,7 +42,6 @@ with F9 added to the loss; grpo-kl-reward F6 of r_i - S_0 / eta; raft r_i; prm r
                                                                   a pretrained checkpoint on GSM8K's files or ReFT's
 """
 import argparse
-import atexit
 import datetime
 import functools
 import hashlib
@@ -63,7 +62,7 @@ import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -849,8 +848,8 @@ def parse_math(raw):
     gold = None if box is None and answer is solution else as_latex(str(answer) if box is None else box)
     if gold is None:
         raise InputError("MATH's form needs an `answer`, or a `solution` with a \\boxed{...}")
-    if not importlib.util.find_spec("math_verify"):
-        raise InputError("LaTeX answers need math-verify (pip install math-verify)")
+    if not same_latex("\\boxed{\\frac12}", "\\boxed{0.5}"):
+        raise InputError("LaTeX answers need math-verify (pip install math-verify), and none here finds 0.5 equal to \\frac12")
     cot = solution if solution or box is None else answer
     return {"question": raw["problem"].strip(), "cot": cot.strip(), "answer": gold, "gold": gold}
 
@@ -890,7 +889,7 @@ def same_latex(gold, answer):
     with suppress(IndexError):
         worker = COMPARING.pop()
     if worker is None or worker.poll() is not None:                  # in a session of its own: Ctrl-C is not meant for it
-        worker = subprocess.Popen([sys.executable, "-c", COMPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        worker = subprocess.Popen([sys.executable, "-Pc", COMPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, text=True, start_new_session=True,
                                   env=os.environ | {"PYTHONHASHSEED": "0"})
     with suppress(OSError):                                          # it died on the way
@@ -923,7 +922,7 @@ def announced(text, problem, strict=False):
 
 def in_form(text, problem, args):
     """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
-    nothing else, behind the TRIGGER, or in a box too where --prompt or --system ask for one. A program has one form."""
+    nothing else, behind the TRIGGER, but in a box where --prompt or --system ask for one. A program has one form."""
     if getattr(args, "cot", "text") == "program" or "gold" not in problem:
         return True
     gold, boxes = problem["gold"], "\\boxed" in args.prompt + args.system
@@ -1338,6 +1337,7 @@ def save_model(folder, policy, tokenizer):
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
+HELD = ExitStack()                                                   # what a notebook wants back: signals, the folder's lock
 SCHEDULED = "sft", "offline-st", "staged", "score", "no-shaping", "star", "pair"      # methods that look at --iterations all along
 
 
@@ -1429,7 +1429,7 @@ def open_run(args):
     """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
     a run. From here on a signal saves before it ends the run."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        HELD.callback(signal.signal, number, signal.signal(number, on_signal))
     if RANK:                                                         # what the first process has opened
         state, saved = gathered(None)[0]
         return (load_state(args) if saved else {}) | state
@@ -1440,8 +1440,7 @@ def open_run(args):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock", timeout=0)
-        lock.acquire()
-        atexit.register(lock.release)
+        HELD.enter_context(lock)
     except Timeout:
         raise InputError(f"{out}: another process is at this run") from None
     except OSError as error:
@@ -1788,4 +1787,5 @@ if __name__ == "__main__":
         time.sleep(5 * (RANKS > 1))                                  # where another process has died watch() ends this one
         raise
     finally:
+        HELD.close()
         sys.stderr = sys.__stderr__ if RANK else sys.stderr

@@ -38,7 +38,6 @@ published start states. How staged RL shares out its iterations is ours. Layout 
                                                                   a pretrained checkpoint on GSM8K's files or SVAMP's
 """
 import argparse
-import atexit
 import copy
 import datetime
 import functools
@@ -696,12 +695,15 @@ def printed_value(session, program):
     deadline = time.monotonic() + 1                          # a text may have thousands of wrong lines
     while time.monotonic() < deadline:
         try:
-            with suppress(MontyRuntimeError):
-                feed("\n".join([*lines, "None"]))            # None: what the last line yields, however large, stays there
+            feed("\n".join([*lines, "None"]))                # None: what the last line yields, however large, stays there
             break
-        except MontySyntaxError as error:
+        except (MontySyntaxError, MontyRuntimeError) as error:
+            if isinstance(error, MontyRuntimeError) and not str(error).startswith("NotImplementedError"):    # Monty's parser
+                break
             del lines[min(len(lines), error.traceback()[-1].line) - 1:]      # no prefix that holds the wrong line parses
-    return feed('value = solution()\nf"{value!r:.1}" + f"{value}"[:1000]') if time.monotonic() < deadline else "no time"
+    else:
+        return "no time"
+    return feed('value = solution()\nf"{value!r:.1}" + f"{value}"[:1000]')
 
 
 # ==== the same in all four scripts from here on: problems =====================================================================
@@ -999,8 +1001,8 @@ def parse_math(raw):
     gold = None if box is None and answer is solution else as_latex(str(answer) if box is None else box)
     if gold is None:
         raise InputError("MATH's form needs an `answer`, or a `solution` with a \\boxed{...}")
-    if not importlib.util.find_spec("math_verify"):
-        raise InputError("LaTeX answers need math-verify (pip install math-verify)")
+    if not same_latex("\\boxed{\\frac12}", "\\boxed{0.5}"):
+        raise InputError("LaTeX answers need math-verify (pip install math-verify), and none here finds 0.5 equal to \\frac12")
     cot = solution if solution or box is None else answer
     return {"question": raw["problem"].strip(), "cot": cot.strip(), "answer": gold, "gold": gold}
 
@@ -1040,7 +1042,7 @@ def same_latex(gold, answer):
     with suppress(IndexError):
         worker = COMPARING.pop()
     if worker is None or worker.poll() is not None:                  # in a session of its own: Ctrl-C is not meant for it
-        worker = subprocess.Popen([sys.executable, "-c", COMPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        worker = subprocess.Popen([sys.executable, "-Pc", COMPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, text=True, start_new_session=True,
                                   env=os.environ | {"PYTHONHASHSEED": "0"})
     with suppress(OSError):                                          # it died on the way
@@ -1073,7 +1075,7 @@ def announced(text, problem, strict=False):
 
 def in_form(text, problem, args):
     """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
-    nothing else, behind the TRIGGER, or in a box too where --prompt or --system ask for one. A program has one form."""
+    nothing else, behind the TRIGGER, but in a box where --prompt or --system ask for one. A program has one form."""
     if getattr(args, "cot", "text") == "program" or "gold" not in problem:
         return True
     gold, boxes = problem["gold"], "\\boxed" in args.prompt + args.system
@@ -1488,6 +1490,7 @@ def save_model(folder, policy, tokenizer):
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
+HELD = ExitStack()                                                   # what a notebook wants back: signals, the folder's lock
 SCHEDULED = "sft", "offline-st", "staged", "score", "no-shaping", "star", "pair"      # methods that look at --iterations all along
 
 
@@ -1579,7 +1582,7 @@ def open_run(args):
     """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
     a run. From here on a signal saves before it ends the run."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        HELD.callback(signal.signal, number, signal.signal(number, on_signal))
     if RANK:                                                         # what the first process has opened
         state, saved = gathered(None)[0]
         return (load_state(args) if saved else {}) | state
@@ -1590,8 +1593,7 @@ def open_run(args):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock", timeout=0)
-        lock.acquire()
-        atexit.register(lock.release)
+        HELD.enter_context(lock)
     except Timeout:
         raise InputError(f"{out}: another process is at this run") from None
     except OSError as error:
@@ -1938,4 +1940,5 @@ if __name__ == "__main__":
         time.sleep(5 * (RANKS > 1))                                  # where another process has died watch() ends this one
         raise
     finally:
+        HELD.close()
         sys.stderr = sys.__stderr__ if RANK else sys.stderr

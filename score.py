@@ -37,7 +37,6 @@ paper, its loop (main), its baselines, and last what all four scripts have in co
                                                                   programs instead of answers
 """
 import argparse
-import atexit
 import datetime
 import functools
 import hashlib
@@ -60,6 +59,7 @@ import textwrap
 import threading
 import time
 import unicodedata
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -837,12 +837,15 @@ def printed_value(session, program):
     deadline = time.monotonic() + 1                          # a text may have thousands of wrong lines
     while time.monotonic() < deadline:
         try:
-            with suppress(MontyRuntimeError):
-                feed("\n".join([*lines, "None"]))            # None: what the last line yields, however large, stays there
+            feed("\n".join([*lines, "None"]))                # None: what the last line yields, however large, stays there
             break
-        except MontySyntaxError as error:
+        except (MontySyntaxError, MontyRuntimeError) as error:
+            if isinstance(error, MontyRuntimeError) and not str(error).startswith("NotImplementedError"):    # Monty's parser
+                break
             del lines[min(len(lines), error.traceback()[-1].line) - 1:]      # no prefix that holds the wrong line parses
-    return feed('value = solution()\nf"{value!r:.1}" + f"{value}"[:1000]') if time.monotonic() < deadline else "no time"
+    else:
+        return "no time"
+    return feed('value = solution()\nf"{value!r:.1}" + f"{value}"[:1000]')
 
 
 # ==== programs that pass tests: MBPP and HumanEval ============================================================================
@@ -871,15 +874,20 @@ def parse_code(raw, where):
     record = {k: v.replace("\r\n", "\n") for k, v in record.items()}
     number = raw.get("task_id", question[:40])
     split = ("prompt", "test", "dev", "train")[sum(number >= first for first in (11, 511, 601))] if type(number) is int else None
-    return record | {"names": names_used(record["cot"], record["tests"]), "task_id": number, "split": split}
+    return record | names_used(record["cot"], record["tests"]) | {"task_id": number, "split": split}
 
 
 def names_used(program, tests):
-    """The names that a program of the data binds at its top level and its tests mention; none if it does not parse."""
-    with suppress(SyntaxError, ValueError):
-        symbols = symtable.symtable(program, "program", "exec").get_symbols()
-        return sorted({symbol.get_name() for symbol in symbols if symbol.is_assigned()} & set(re.findall(r"\w+", tests)))
-    return []
+    """{"names": what a program of the data binds at its top level and its tests mention, none if it does not parse; "classes":
+    those that are a class}."""
+    names, classes = [], []
+    with suppress(SyntaxError, ValueError), warnings.catch_warnings(action="ignore"):
+        symbols = [symbol for symbol in symtable.symtable(program, "program", "exec").get_symbols()
+                   if symbol.is_assigned() and re.search(rf"\b{symbol.get_name()}\b", tests)]
+        names = sorted(symbol.get_name() for symbol in symbols)
+        classes = [symbol.get_name() for symbol in symbols
+                   if symbol.is_namespace() and symbol.get_namespaces()[0].get_type() == "class"]
+    return {"names": names, "classes": classes}
 
 
 CODE = re.compile(r"""[ \t]*(?:[#@"'(]|try:|(?:async|class|def|for|from|if|import|while|with) |\w[\w.,: \[\]]*=|\w+\()""")
@@ -924,40 +932,66 @@ def read_program(text, problem=None):
 
 
 WITH_TESTS = '''
-setup, program, tests, names = {texts!r}
+from collections import Counter, defaultdict
+DICTS, PLAIN = (dict, Counter, defaultdict), (type(None), bool, int, float, complex, str, bytes, range, type(int))
+setup, program, tests, names, classes = {texts!r}
 space, lines = {{"__name__": "program"}}, program.split("\\n")
 exec(setup, space)
 while lines:
     try:
         exec("\\n".join(lines), space)
         break
-    except SyntaxError:
+    except (SyntaxError, NotImplementedError):
         lines.pop()
     except BaseException:
         break
 
+def plain(value):
+    if type(value) in DICTS:
+        plain([*value, *value.values()])
+    elif type(value) in (list, tuple, set, frozenset):
+        for item in value:
+            plain(item)
+    elif type(value) not in PLAIN:
+        raise TypeError("not plain")
+    return value
+
+def guarded(value):
+    def call(*args, **kwargs):
+        found = plain(value(*args, **kwargs))
+        plain([args, kwargs])
+        return found
+    try:
+        return plain(value)
+    except TypeError:
+        return call
+
 def solution():
-    scope = {{name: space[name] for name in names if name in space}}
+    scope = {{name: space[name] if classes else guarded(space[name]) for name in names if name in space}}
     exec(setup, scope)
     exec(tests, scope)
     return 1.0
 '''
-HOOKS = re.compile(r"__(?!(?:init|call|str|repr|len|iter|next|getitem|name|main|doc|future)__)\w+__")
+HOOKS = re.compile(r"__(?!(?:init|call|str|repr|len|iter|next|getitem|name|main|doc|future)__)\w+__|"
+                   r"\b(?:exec|eval|setattr|type)\b")
 
 
 def with_tests(program, problem):
     """A text for run_programs: its solution() returns 1 if all tests pass. Program and tests have globals of their own, so that no
-    definition of the program replaces a name of the tests but those they ask it for. The program is the longest prefix of its lines
-    that parses; where it fails at its top level, what it had defined by then is tested."""
+    definition of the program replaces a name of the tests but those they ask it for; and what its functions return, or leave in
+    their arguments, is of built-in types, which compare as they should. The program is the longest prefix of its lines that
+    parses; where it fails at its top level, what it had defined by then is tested."""
     program = re.sub(r"\bfrom sys import setrecursionlimit\b", "setrecursionlimit = int", program)
     program = re.sub(r"\bsys\.setrecursionlimit\b", "int", program)                         # Monty's sys has none
-    return WITH_TESTS.format(texts=(problem["setup"], program, problem["tests"], problem["names"]))
+    return WITH_TESTS.format(texts=(problem["setup"], program, problem["tests"], problem["names"], problem["classes"]))
 
 
 def passes(programs, problems):
-    """(B,) 1.0 for a program that passes all tests of its problem; equal pairs are run once. One with methods such as __eq__ does
-    not: they would compare as they like."""
-    texts = [program and not HOOKS.search(program) and with_tests(program, problem) for program, problem in zip(programs, problems)]
+    """(B,) 1.0 for a program that passes all tests of its problem; equal pairs are run once. Where tests ask for a class, one
+    with methods such as __eq__, or what could make them, does not: its objects would compare as they like."""
+    hooked = lambda program, problem: problem["classes"] and HOOKS.search(unicodedata.normalize("NFKC", program))
+    texts = [program and not hooked(program, problem) and with_tests(program, problem)
+             for program, problem in zip(programs, problems)]
     distinct = [text for text in dict.fromkeys(texts) if text]
     values = dict(zip(distinct, run_programs(distinct)))
     return torch.tensor([float(values.get(text) == 1) for text in texts])
@@ -1258,8 +1292,8 @@ def parse_math(raw):
     gold = None if box is None and answer is solution else as_latex(str(answer) if box is None else box)
     if gold is None:
         raise InputError("MATH's form needs an `answer`, or a `solution` with a \\boxed{...}")
-    if not importlib.util.find_spec("math_verify"):
-        raise InputError("LaTeX answers need math-verify (pip install math-verify)")
+    if not same_latex("\\boxed{\\frac12}", "\\boxed{0.5}"):
+        raise InputError("LaTeX answers need math-verify (pip install math-verify), and none here finds 0.5 equal to \\frac12")
     cot = solution if solution or box is None else answer
     return {"question": raw["problem"].strip(), "cot": cot.strip(), "answer": gold, "gold": gold}
 
@@ -1299,7 +1333,7 @@ def same_latex(gold, answer):
     with suppress(IndexError):
         worker = COMPARING.pop()
     if worker is None or worker.poll() is not None:                  # in a session of its own: Ctrl-C is not meant for it
-        worker = subprocess.Popen([sys.executable, "-c", COMPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        worker = subprocess.Popen([sys.executable, "-Pc", COMPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, text=True, start_new_session=True,
                                   env=os.environ | {"PYTHONHASHSEED": "0"})
     with suppress(OSError):                                          # it died on the way
@@ -1332,7 +1366,7 @@ def announced(text, problem, strict=False):
 
 def in_form(text, problem, args):
     """Whether a response in words gives its answer in the form that was asked for: LaTeX in a box, a bare number or letter, and
-    nothing else, behind the TRIGGER, or in a box too where --prompt or --system ask for one. A program has one form."""
+    nothing else, behind the TRIGGER, but in a box where --prompt or --system ask for one. A program has one form."""
     if getattr(args, "cot", "text") == "program" or "gold" not in problem:
         return True
     gold, boxes = problem["gold"], "\\boxed" in args.prompt + args.system
@@ -1747,6 +1781,7 @@ def save_model(folder, policy, tokenizer):
 # ==== run folder: state, log, picture =========================================================================================
 
 STOP = []                                                            # signals received
+HELD = ExitStack()                                                   # what a notebook wants back: signals, the folder's lock
 SCHEDULED = "sft", "offline-st", "staged", "score", "no-shaping", "star", "pair"      # methods that look at --iterations all along
 
 
@@ -1838,7 +1873,7 @@ def open_run(args):
     """The state {"step", ...} of a new run, or with --resume of the one in args.out as saved last. One run a folder, one process
     a run. From here on a signal saves before it ends the run."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        HELD.callback(signal.signal, number, signal.signal(number, on_signal))
     if RANK:                                                         # what the first process has opened
         state, saved = gathered(None)[0]
         return (load_state(args) if saved else {}) | state
@@ -1849,8 +1884,7 @@ def open_run(args):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock", timeout=0)
-        lock.acquire()
-        atexit.register(lock.release)
+        HELD.enter_context(lock)
     except Timeout:
         raise InputError(f"{out}: another process is at this run") from None
     except OSError as error:
@@ -2197,4 +2231,5 @@ if __name__ == "__main__":
         time.sleep(5 * (RANKS > 1))                                  # where another process has died watch() ends this one
         raise
     finally:
+        HELD.close()
         sys.stderr = sys.__stderr__ if RANK else sys.stderr

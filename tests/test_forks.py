@@ -75,7 +75,8 @@ def test_a_new_task_with_its_own_verifier(fork):
     assert len({p["question"] for p in dev + test}) == len(dev + test) == 40
     for p in map(lambda p: module.encode_problem(p, tokenizer, args), train + dev + test):
         text = tokenizer.decode(p["response"][:-1])
-        assert len(p["response"]) <= args.max_new_tokens and module.reward(module.read_answers([text], [p], args), [p], args).item() == 1, text
+        assert len(p["response"]) <= args.max_new_tokens, text
+        assert module.reward(module.read_answers([text], [p], args), [p], args).item() == 1, text
         *lines, last = p["cot"].splitlines()
         assert all(eval(line.replace("=", "==")) for line in [*lines, last])
         assert eval(last.split("=")[1]) == p["gold"] and not any(eval(line.split("=")[1]) == p["gold"] for line in lines)

@@ -1,5 +1,6 @@
 """Answers in LaTeX: which are equal, where they stand in a response, and that no text of a model hangs or ends the trainer."""
 import dataclasses
+import functools
 import time
 
 import pytest
@@ -139,10 +140,20 @@ def test_a_record_without_an_answer_is_refused(record):
 
 
 def test_math_verify_is_needed_for_latex_alone(monkeypatch):
-    monkeypatch.setattr(reft.importlib.util, "find_spec", lambda name: None)
+    """Where its process cannot start, whatever the reason, LaTeX is refused: no answer would be right."""
+    monkeypatch.setattr(reft, "COMPARE", "import json, sympy, nothing_of_this_name")
+    monkeypatch.setattr(reft, "COMPARING", [])
+    monkeypatch.setattr(reft, "same_latex", functools.lru_cache(reft.same_latex.__wrapped__))
     with pytest.raises(reft.InputError, match="pip install math-verify"):
         reft.parse_record(RECORDS[0][0], reft.Args())
     reft.parse_record({"question": "a", "answer": "b\n#### 1"}, reft.Args())
+
+
+def test_no_module_of_the_folder_takes_the_place_of_one_that_compares(monkeypatch, tmp_path):
+    (tmp_path / "sympy.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reft, "COMPARING", [])
+    assert reft.same_latex(boxed("6"), boxed("5+1"))
 
 
 def test_a_long_text_is_no_answer_and_starts_nothing(monkeypatch):

@@ -205,6 +205,8 @@ HARMLESS = {     # tricks that change nothing: still 18
     "its own value": "value = 5\n" + GOOD + "\nvalue = 5",
     "50 MB": function("return 18 + 0 * len('x' * (50 << 20))"),
     "5,000 wrong lines after": GOOD + "\n" + "x = '\n" * 5000,
+    **{f"after it {line!r}, which Monty lacks": f"{GOOD}\n{line}" for line in [
+        "def g():\n    yield 1", "class B(int): pass", "from math import *", "raise NotImplementedError"]},
 }
 
 
@@ -526,12 +528,30 @@ TRICKS = {
                             "exec = lambda *a: 0\ndef plus(x): return 0",
     "reads the stack": "def plus(x):\n    import sys\n    sys._getframe(1).f_globals.clear()",
     "returns from nowhere": "return 1.0", "a class of that name": "class plus: pass",
+    "equal by a name put together": "class A: pass\nsetattr(A, '_' + '_eq_' + '_', lambda s, o: True)\ndef plus(x): return A()",
+    "equal by exec": "exec('class A:\\n  def _' + '_eq_' + '_(s, o): return True')\ndef plus(x): return A()",
+    "equal by another underscore": "class A:\n    def _\uff3feq__(s, o): return True\ndef plus(x): return A()",
+    "equal inside": "class A:\n    def __eq__(s, o): return True\ndef plus(x): return [{1: (A(),)}]",
 }
 
 
 def test_programs_that_would_rather_not_be_tested():
     found = score.passes(list(TRICKS.values()), [problem_of()] * len(TRICKS)).tolist()
     assert dict(zip(TRICKS, found)) == dict.fromkeys(TRICKS, 0.0)
+
+
+def test_objects_that_compare_as_they_like_do_not_pass_where_tests_would_meet_them():
+    """As a part of what is returned, in the arguments, in a class that the tests ask for; for its own use a program may have
+    any."""
+    loose = "class A:\n    def __eq__(s, o): return True\n"
+    inside = problem_of(code="def plus(x):\n    return [{1: x + 1}]", test_list=["assert plus(1) == [{1: 2}]"])
+    assert outcomes([inside["cot"], loose + "def plus(x): return [{1: A()}]"], inside) == [1, 0]
+    left = problem_of(code="def up(xs):\n    xs[0] += 1", test_list=["xs = [1]\nup(xs)\nassert xs == [2]"])
+    assert outcomes([left["cot"], loose + "def up(xs): xs[0] = A()"], left) == [1, 0]
+    asked = problem_of(code="class P:\n    def __init__(self, x): self.x = x", test_list=["assert P(2).x == 2"])
+    assert outcomes([asked["cot"], loose + "class P:\n    def __init__(s, x): s.x = A()"], asked) == [1, 0]
+    assert asked["classes"] == ["P"] and outcomes([loose + asked["cot"].replace("self.x = x", "setattr(A, '_' + '_eq__', 0); self.x = x")], asked) == [0]
+    assert outcomes([loose + "def plus(x): return x + (A() == 7)"], problem_of()) == [1]
 
 
 def test_a_program_replaces_no_name_of_the_tests():

@@ -852,6 +852,18 @@ def test_the_screen_of_a_notebook(monkeypatch):
     assert "error: argument --lr: invalid float value: 'much'" in sys.stderr.getvalue()
 
 
+def test_a_notebook_goes_on_with_a_run_and_gets_its_signals_back(tmp_path, monkeypatch):
+    """%run twice in one process: the folder's lock is free again, and Ctrl-C interrupts a cell as before."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for more in ["--iterations", "1"], ["--iterations", "2", "--resume"]:
+        monkeypatch.setattr(sys, "argv", ["ppo_reft.py", *TINY, "--out", str(tmp_path / "run"), *more])
+        runpy.run_path(str(ROOT / "ppo_reft.py"), run_name="__main__")
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [r["iteration"] for r in read_log(tmp_path / "run") if r["event"] == "iteration"] == [1, 2]
+
+
 def test_builtin_problems_are_right_each_seed_has_its_own_test_and_the_splits_are_apart():
     import ppo_reft as reft
     splits = reft.load_problems(reft.Args(train_size=3000, eval_size=300))
