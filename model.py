@@ -533,7 +533,8 @@ def _generate(c, w, prompts, max_new_tokens, temperature, device):
         return fewer
 
     # the matrices are bf16 already: autocast rounds where it does in training and leaves the residual stream in fp32
-    with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda, cache_enabled=False):
+    with (torch.autocast(device.type, torch.bfloat16, enabled=on_cuda, cache_enabled=False),
+          torch.cuda.device(device) if on_cuda else nullcontext()):                      # a graph is of the current device
         hidden = trunk(c, w, padded, torch.arange(longest, device=device)[None], rope,
                        lambda layer: partial(prefill_attention, layer))
         ends = hidden[torch.arange(len(distinct), device=device), prompt_lengths - 1]

@@ -39,6 +39,7 @@ paper, its loop (main), its baselines, and last what all four scripts have in co
 import argparse
 import datetime
 import functools
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -93,7 +94,7 @@ class Args:
     system: str = ""                 # system message of --prompt chat
     out: str = ""                    # run folder; empty: runs/<script>-<method, or evaluate>-s<seed>
     seed: int = 0                    # of everything random, the built-in test problems too; the dev problems are always the same
-    device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: cuda if there is a GPU that computes in bf16
     compile: bool = True             # on a GPU, with --model: torch.compile of a layer, once for all of them
     checkpoint_activations: bool = False    # keep only the input of each layer for the backward pass: less memory, more time
     shard: bool = False              # under torchrun: spread weights, gradients and optimiser over its processes (FSDP2)
@@ -764,6 +765,7 @@ def judged(problems, where, args):
     programs = [problem | {"header": program_header(problem["question"])} for problem in problems]
     right = reward(read_answers([problem["cot"] for problem in problems], programs, args), problems, args) == 1
     fails = [bool(problem["cot"]) and not runs for problem, runs in zip(problems, right.tolist())]
+    fails = gathered(fails)[0]                                       # limits of time may find otherwise in each process
     if any(fails):
         names = [problem.get("task_id") or problem["question"][:40] for problem, fail in zip(problems, fails) if fail]
         say(f"warning: {where}: {len(names)} problems are left out, whose own program fails here: {names}")
@@ -1424,8 +1426,8 @@ def lap(state):
     seconds = now - COST["since"] - COST["evaluate"] - COST["save"]
     state["phases"] = {name: state["phases"][name] + phases[name] for name in PHASES}
     state["flops"] += float(summed(torch.tensor(float(COST["flops"]), dtype=torch.float64)))
-    if torch.cuda.is_initialized():
-        state["peak_gib"] = max(state.get("peak_gib", 0.0), torch.cuda.max_memory_allocated() / 2 ** 30)
+    if torch.cuda.is_initialized() and (most := torch.cuda.max_memory_allocated()):
+        state["peak_gib"] = max(state.get("peak_gib", 0.0), most / 2 ** 30)
     COST.update(dict.fromkeys(COST, 0.0), since=now)
     return phases, seconds
 
@@ -1450,7 +1452,7 @@ def bill(state):
         found["peak_gib"] = round(state["peak_gib"], 2)
         name = torch.cuda.get_device_name()
         peak = next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b(?! (?:D|Laptop))", name)), None)
-        if peak and update:
+        if peak and update and " MIG " not in name:                  # a part of a card
             found["mfu"] = round(state["flops"] / update / peak / RANKS, 4)
     return found
 
@@ -1654,11 +1656,8 @@ def connect():
     """Finds the other processes. From here on one that dies ends them all."""
     if not dist.is_torchelastic_launched():
         return
-    gpus = torch.cuda.device_count()
-    if LOCAL_RANK < gpus:
-        torch.cuda.set_device(LOCAL_RANK)                            # what "cuda" means from here on
     LINKS.append(next(dist.rendezvous("env://"))[0])
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=LINKS[0], rank=RANK, world_size=RANKS)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo", store=LINKS[0], rank=RANK, world_size=RANKS)
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if RANKS > 1:
@@ -1759,6 +1758,7 @@ def spread(models, args):
     gathers a layer when it is used. Several names may stand for one model. To be done before adamw() takes hold of the parts."""
     from torch.distributed.fsdp import fully_shard
     GPT.sharded = args.shard
+    gc.collect()                                                     # a model that was sharded before is in a cycle of references
     for gpt in dict.fromkeys(models):
         if not args.shard:
             gpt.to(args.device)
@@ -2150,6 +2150,9 @@ def settle(args):
             setattr(args, f.name, value[bool(args.train_data or args.eval_data)])
 
 
+BF16 = 8, 0                                                          # the least compute capability, Ampere's
+
+
 def parse_args(argv=None):
     """Args from the command line, a flag for each with the comment behind it as its help; checked."""
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False,
@@ -2168,9 +2171,12 @@ def parse_args(argv=None):
         text = text.replace("%", "%%") + ("" if default == "" else f" (default: {default})")
         group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
-    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= BF16 else "cpu"
     args.out = args.out or f"runs/{Path(__file__).stem}-{'evaluate' if args.evaluate_only else args.method}-s{args.seed}"
     check_args(args)
+    if args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)                            # what "cuda" means from here on
     return args
 
 
@@ -2190,6 +2196,8 @@ def check_args(args):
                      args.tensorboard and not importlib.util.find_spec("tensorboard"),
                  f"--device cuda: torch sees {torch.cuda.device_count() or 'no'} GPUs here, each process needs one":
                      args.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count(),
+                 "--device cuda: this GPU does not compute in bf16 (needs compute capability 8.0, Ampere or newer)":
+                     args.device == "cuda" and torch.cuda.device_count() and torch.cuda.get_device_capability() < BF16,
                  "--shard spreads a model over the processes of torchrun": args.shard and not dist.is_torchelastic_launched(),
                  "--rerank trains a model of its own and goes without --shard": args.shard and getattr(args, "rerank", False),
                  "--prompt needs `paper`, `chat` or a text with {question} in it":

@@ -222,13 +222,14 @@ def attention_into_new(qkv: Tensor, cache: Tensor, lengths: Tensor, alive: Tenso
                        q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> Tensor:
     _, B, K, _, D = cache.shape
     y = qkv.new_empty(B, qkv.shape[1] - 2 * K * D)
-    return launch_attention(y, qkv.contiguous(), cache, lengths, alive, cos, sin, q_norm, k_norm, eps)
+    lengths, alive, *rest = [x if x is None else x.contiguous() for x in (lengths, alive, cos, sin, q_norm, k_norm)]
+    return launch_attention(y, qkv.contiguous(), cache, lengths, alive, *rest, eps)
 
 
 def add_norm_into_new(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
                       dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    delta = delta if delta is None else delta.contiguous()
-    return launch_add_norm(torch.empty_like(x), x.new_empty(x.shape, dtype=dtype), x.contiguous(), delta, weight, bias, eps)
+    delta, weight, bias = [x if x is None else x.contiguous() for x in (delta, weight, bias)]
+    return launch_add_norm(x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), x.contiguous(), delta, weight, bias, eps)
 
 
 def activation_into_new(h: Tensor, gated: bool) -> Tensor:
@@ -248,7 +249,7 @@ def _(qkv, cache, *_):
 
 @add_norm_op.register_fake
 def _(x, delta, weight, bias, eps, dtype):
-    return torch.empty_like(x), x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
 
 
 def decode_attention(qkv, cache, lengths, alive, rope=None, q_norm=None, k_norm=None, eps=1e-5):

@@ -68,7 +68,7 @@ def forward_kernel(
     scale = tl.exp2(shift)
     S = tl.sum(scale * s, 0)
     U = tl.sum(scale * (u + shift * s), 0)
-    S = tl.minimum(S, V.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)     # if all are FLOOR: lanes beyond V counted
+    S = tl.minimum(S, V, propagate_nan=tl.PropagateNan.ALL)    # if all are FLOOR: lanes beyond V counted
     log2S = tl.log2(S)
     y = tl.load(y_ptr + row)
     z_y = tl.load(z_ptr + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)   # no such token: NaN

@@ -41,6 +41,7 @@ def attention(D, group, **absent):
 
 CASES = {
     "logprob forward": Case("logprob", "forward_kernel", dict(BLOCK=2048, Q=4), 8192, 12),
+    "logprob forward, one word": Case("logprob", "forward_kernel", dict(BLOCK=2048, Q=4, V=1), 0, 0, dtypes=("bf16",)),
     "logprob backward": Case("logprob", "backward_kernel", dict(BLOCK=4096), 4096, 18),
     "kl forward": Case("kl", "forward_kernel", dict(BLOCK=2048), 2048, 28),
     "kl backward": Case("kl", "backward_kernel", dict(BLOCK=4096, LOGPROBS=False, **ABSENT), 4096, 18),

@@ -179,6 +179,19 @@ def test_a_model_stepped_through_them(path, family):  # noqa: F811
         assert (hidden - expected[[0, 1], at])[alive].abs().max() <= 1e-5 and hidden.isfinite().all()
 
 
+def test_arguments_with_strides(path):  # noqa: F811
+    """Each as a transposed, expanded or sliced tensor: as if it were contiguous."""
+    apart = lambda x: torch.stack((x, x), -1)[..., 0]                # every other number in memory
+    qkv, cache, lengths, alive, tables, *norms, eps = attention_inputs(*HEADS["qwen3"], lengths=[5] * 3)
+    args = qkv, cache.clone(), lengths[:1].expand(3), apart(alive), tuple(map(apart, tables)), *map(apart, norms), eps
+    assert torch.equal(decode_attention(*args), decode_attention(qkv, cache, lengths, alive, tables, *norms, eps))
+    assert torch.equal(args[1][:, 0].nan_to_num(), cache[:, 0].nan_to_num())
+    x, delta, weight, bias = normal(40, 3).T, normal(40, 3, seed=1).T, apart(normal(40, seed=2)), apart(normal(40, seed=3))
+    for a, b in zip(add_norm(x, delta, weight, bias, 1e-5, torch.float32),
+                    add_norm(*(t.contiguous() for t in (x, delta, weight, bias)), 1e-5, torch.float32)):
+        assert torch.equal(a, b)
+
+
 def test_bad_arguments(path):  # noqa: F811
     qkv, cache, lengths, alive, *more = attention_inputs(2, 1, 16, True, False)
     for args in ((qkv[:, 1:], cache, lengths, alive), (qkv[1:], cache, lengths, alive), (qkv, cache[0], lengths, alive),

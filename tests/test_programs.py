@@ -596,6 +596,14 @@ def test_a_program_of_the_data_that_does_not_run_leaves_its_problem_out(capsys):
                                        "['1?', '2?', '3?']\n")
 
 
+def test_processes_agree_on_which_problems_there_are(monkeypatch):
+    """What the first one finds counts: a limit of time may be reached in one of them only."""
+    args, record = programs.Args(cot="program"), {"answer_value": "18", "answer_cot": "def solution():\n    return 18"}
+    problems = [programs.parse_record(record | {"question": f"{i}?"}, args) for i in range(3)]
+    monkeypatch.setattr(programs, "gathered", lambda fails: [[False, True, False], fails])
+    assert [problem["question"] for problem in programs.judged(problems, "x.json", args)] == ["0?", "2?"]
+
+
 def test_a_file_of_which_no_problem_is_left_is_refused(tmp_path):
     record = {"question": "1?", "answer_value": "18", "answer_cot": "def solution():\n    import numpy\n    return 18"}
     (tmp_path / "data.jsonl").write_text(json.dumps(record))

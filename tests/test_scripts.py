@@ -762,11 +762,26 @@ def test_flops_of_an_update_and_the_share_of_the_peak(checkpoint, monkeypatch):
     for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
                        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12,
                        "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA L40": None, "NVIDIA A10G": None,
-                       "NVIDIA GH200 480GB": None, "NVIDIA L4": 121e12}.items():
+                       "NVIDIA GH200 480GB": None, "NVIDIA L4": 121e12, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
         busy = state | {"peak_gib": 1.2345, "flops": 989e12, "phases": state["phases"] | {"update": 2.0}}
         bill = reft.bill(busy)
         assert bill["peak_gib"] == 1.23 and bill.get("mfu") == (peak and round(989e12 / 2 / peak, 4))
+
+
+def test_a_gpu_without_bf16_is_left_alone(monkeypatch):
+    import ppo_reft as reft
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for capability, device in ((7, 5), "cpu"), ((8, 0), "cuda"), ((12, 0), "cuda"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        assert reft.parse_args([]).device == device
+    assert used == [0, 0] and reft.parse_args(["--device", "cpu"]).device == "cpu" and len(used) == 2
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(InputError, match="--device cuda: this GPU does not compute in bf16"):
+        reft.parse_args(["--device", "cuda"])
 
 
 def test_demonstrations_longer_than_responses_are_counted_at_the_start(capsys):
