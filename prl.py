@@ -1212,7 +1212,8 @@ def connect():
     if not dist.is_torchelastic_launched():
         return
     LINKS.append(next(dist.rendezvous("env://"))[0])
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo", store=LINKS[0], rank=RANK, world_size=RANKS)
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo"
+    dist.init_process_group(backends, store=LINKS[0], rank=RANK, world_size=RANKS)
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if RANKS > 1:

@@ -854,7 +854,8 @@ def printed_value(session, program):
 
 def parse_code(raw, where):
     """A record of MBPP (full or sanitized) or HumanEval as {"question", "cot": a right program, "setup": code before it, "tests":
-    code after it, "names": what the tests use of it, "task_id", "split": MBPP's authors'}; InputError for any other form."""
+    code after it, "names" and "classes": what the tests use of it, "task_id", "split": MBPP's authors'}; InputError for any
+    other form."""
     given = {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else {}
     raw = {"test_list": [], "test_imports": [], "test_setup_code": ""} | given
     has = lambda *names: all(isinstance(raw.get(name), str) for name in names)
@@ -934,8 +935,13 @@ def read_program(text, problem=None):
 
 
 WITH_TESTS = '''
-from collections import Counter, defaultdict
-DICTS, PLAIN = (dict, Counter, defaultdict), (type(None), bool, int, float, complex, str, bytes, range, type(int))
+import datetime, re
+from collections import Counter, defaultdict, deque
+from decimal import Decimal
+PLAIN = (type(None), bool, int, float, complex, str, bytes, range, Decimal, datetime.date, datetime.datetime,
+         datetime.timedelta, type(re.match("", "")))
+LISTS = (list, tuple, set, frozenset, deque)
+VIEWS = (type({{}}.keys()), type({{}}.values()), type({{}}.items()))
 setup, program, tests, names, classes = {texts!r}
 space, lines = {{"__name__": "program"}}, program.split("\\n")
 exec(setup, space)
@@ -948,28 +954,34 @@ while lines:
     except BaseException:
         break
 
-def plain(value):
-    if type(value) in DICTS:
-        plain([*value, *value.values()])
-    elif type(value) in (list, tuple, set, frozenset):
-        for item in value:
-            plain(item)
-    elif type(value) not in PLAIN:
-        raise TypeError("not plain")
-    return value
+def copied(value, other):
+    kind = type(value)
+    if kind in PLAIN or any(value is known for known in (*PLAIN, *LISTS, dict)):
+        return value
+    if kind in LISTS:
+        return kind([copied(item, other) for item in value])
+    if kind in VIEWS:
+        return [copied(item, other) for item in value]
+    if kind in (dict, Counter, defaultdict):
+        items = {{copied(key, other): copied(item, other) for key, item in value.items()}}
+        return Counter(items) if kind is Counter else items
+    return other(value)
 
 def guarded(value):
     def call(*args, **kwargs):
-        found = plain(value(*args, **kwargs))
-        plain([args, kwargs])
+        own, named = copied(args, lambda x: x), copied(kwargs, lambda x: x)
+        found = copied(value(*own, **named), guarded)
+        for given, left in zip([*args, *kwargs.values()], [*own, *named.values()]):
+            if type(given) is list:
+                given[:] = copied(left, guarded)
+            elif type(given) in (dict, set):
+                given.clear()
+                given.update(copied(left, guarded))
         return found
-    try:
-        return plain(value)
-    except TypeError:
-        return call
+    return call
 
 def solution():
-    scope = {{name: space[name] if classes else guarded(space[name]) for name in names if name in space}}
+    scope = {{name: space[name] if classes else copied(space[name], guarded) for name in names if name in space}}
     exec(setup, scope)
     exec(tests, scope)
     return 1.0
@@ -980,9 +992,10 @@ HOOKS = re.compile(r"__(?!(?:init|call|str|repr|len|iter|next|getitem|name|main|
 
 def with_tests(program, problem):
     """A text for run_programs: its solution() returns 1 if all tests pass. Program and tests have globals of their own, so that no
-    definition of the program replaces a name of the tests but those they ask it for; and what its functions return, or leave in
-    their arguments, is of built-in types, which compare as they should. The program is the longest prefix of its lines that
-    parses; where it fails at its top level, what it had defined by then is tested."""
+    definition of the program replaces a name of the tests but those they ask it for. And the tests get copies, of built-in types,
+    of what its functions return or leave in their arguments: an object of a class of its own would compare as it likes, so they
+    get a function in its place. The program is the longest prefix of its lines that parses; where it fails at its top level, what
+    it had defined by then is tested."""
     program = re.sub(r"\bfrom sys import setrecursionlimit\b", "setrecursionlimit = int", program)
     program = re.sub(r"\bsys\.setrecursionlimit\b", "int", program)                         # Monty's sys has none
     return WITH_TESTS.format(texts=(problem["setup"], program, problem["tests"], problem["names"], problem["classes"]))
@@ -1657,7 +1670,8 @@ def connect():
     if not dist.is_torchelastic_launched():
         return
     LINKS.append(next(dist.rendezvous("env://"))[0])
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo", store=LINKS[0], rank=RANK, world_size=RANKS)
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo"
+    dist.init_process_group(backends, store=LINKS[0], rank=RANK, world_size=RANKS)
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if RANKS > 1:
