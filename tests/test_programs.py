@@ -557,16 +557,19 @@ def test_objects_that_compare_as_they_like_do_not_pass_where_tests_would_meet_th
     assert outcomes([twice["cot"], later], twice) == [1, 0]
     asked = problem_of(code="class P:\n    def __init__(self, x): self.x = x", test_list=["assert P(2).x == 2"])
     assert outcomes([asked["cot"], loose + "class P:\n    def __init__(s, x): s.x = A()"], asked) == [1, 0]
-    assert asked["classes"] == ["P"] and outcomes([loose + asked["cot"].replace("self.x = x", "setattr(A, '_' + '_eq__', 0); self.x = x")], asked) == [0]
+    sly = loose + asked["cot"].replace("self.x = x", "setattr(A, '_' + '_eq__', 0); self.x = x")
+    assert asked["classes"] == ["P"] and outcomes([sly], asked) == [0]
     assert outcomes([loose + "def plus(x): return x + (A() == 7)"], problem_of()) == [1]
 
 
 def test_what_right_programs_return_reaches_the_tests():
     imports = "import datetime, re\nfrom collections import Counter, defaultdict, deque\n"
     for value, test in {
-            "{x: 2}.keys()": "set(plus(1)) == {1}", "{x: 2}.items()": "list(plus(1)) == [(1, 2)]", "lambda y: x + y": "plus(1)(1) == 2",
-            "Counter([x])": "plus(1) == {1: 1} and plus(1)[3] == 0", "datetime.date(2020, 1, x)": "plus(1).year == 2020",
-            "(deque([x]), {x}, None, int)": "plus(1) == (deque([1]), {1}, None, int)", "re.match('1', str(x))": "plus(1)[0] == '1'",
+            "{x: 2}.keys()": "set(plus(1)) == {1}", "{x: 2}.items()": "list(plus(1)) == [(1, 2)]",
+            "lambda y: x + y": "plus(1)(1) == 2", "Counter([x])": "plus(1) == {1: 1} and plus(1)[3] == 0",
+            "datetime.date(2020, 1, x)": "plus(1).year == 2020",
+            "(deque([x]), {x}, None, int)": "plus(1) == (deque([1]), {1}, None, int)",
+            "re.match('1', str(x))": "plus(1)[0] == '1'",
             "[[x] * 3] * 2": "plus(1) == [[1] * 3] * 2", "sorted([x, 0], key=lambda y: y)": "plus(1) == [0, 1]",
             "x(1)": "plus(lambda y: y + 1) == 2", "defaultdict(int, {x: 2})": "plus(1) == {1: 2}"}.items():
         problem = problem_of(code=f"{imports}def plus(x):\n    return {value}", test_list=[f"{imports}assert {test}"])
