@@ -967,13 +967,16 @@ def copied(value, other):
         return Counter(items) if kind is Counter else items
     return other(value)
 
+called = eval("lambda value, own, named: value(*own, **named)", {{}})      # eval in a program has the globals of this frame
+
 def guarded(value):
     def call(*args, **kwargs):
         own, named = copied(args, lambda x: x), copied(kwargs, lambda x: x)
-        found = copied(value(*own, **named), guarded)
+        found = copied(called(value, own, named), guarded)
         for given, left in zip([*args, *kwargs.values()], [*own, *named.values()]):
-            if type(given) is list:
-                given[:] = copied(left, guarded)
+            if type(given) in (list, deque):
+                given.clear()
+                given.extend(copied(left, guarded))
             elif type(given) in (dict, set):
                 given.clear()
                 given.update(copied(left, guarded))
@@ -998,6 +1001,7 @@ def with_tests(program, problem):
     it had defined by then is tested."""
     program = re.sub(r"\bfrom sys import setrecursionlimit\b", "setrecursionlimit = int", program)
     program = re.sub(r"\bsys\.setrecursionlimit\b", "int", program)                         # Monty's sys has none
+    program = re.sub(r"^([ \t]*class \w+)\(object\)", r"\1", program, flags=re.M)         # it has no inheritance
     return WITH_TESTS.format(texts=(problem["setup"], program, problem["tests"], problem["names"], problem["classes"]))
 
 

@@ -532,6 +532,10 @@ TRICKS = {
     "equal by exec": "exec('class A:\\n  def _' + '_eq_' + '_(s, o): return True')\ndef plus(x): return A()",
     "equal by another underscore": "class A:\n    def _\uff3feq__(s, o): return True\ndef plus(x): return A()",
     "a class that equals everything": "class plus:\n    def __init__(s, x): pass\n    def __eq__(s, o): return True",
+    "names of the harness, by eval from a frame of the harness":
+        "from functools import partial, reduce\nclass A:\n    def __eq__(s, o): return True\nmake = lambda v: A()\n"
+        "plus = partial(reduce, isinstance, iter(partial(eval, \"exec('global guarded, PLAIN\\\\nguarded = space[\\\"make\\\"]\\\\n"
+        "PLAIN = ()') or 0\"), 0))",
     "equal inside": "class A:\n    def __eq__(s, o): return True\ndef plus(x): return [{1: (A(),)}]",
 }
 
@@ -564,6 +568,7 @@ def test_objects_that_compare_as_they_like_do_not_pass_where_tests_would_meet_th
 
 def test_what_right_programs_return_reaches_the_tests():
     imports = "import datetime, re\nfrom collections import Counter, defaultdict, deque\n"
+    old = "class P(object):\n    def __init__(self, x): self.x = x\n"
     for value, test in {
             "{x: 2}.keys()": "set(plus(1)) == {1}", "{x: 2}.items()": "list(plus(1)) == [(1, 2)]",
             "lambda y: x + y": "plus(1)(1) == 2", "Counter([x])": "plus(1) == {1: 1} and plus(1)[3] == 0",
@@ -571,8 +576,9 @@ def test_what_right_programs_return_reaches_the_tests():
             "(deque([x]), {x}, None, int)": "plus(1) == (deque([1]), {1}, None, int)",
             "re.match('1', str(x))": "plus(1)[0] == '1'",
             "[[x] * 3] * 2": "plus(1) == [[1] * 3] * 2", "sorted([x, 0], key=lambda y: y)": "plus(1) == [0, 1]",
+            "x.append(2)": "(lambda d: plus(d) or d)(deque([1])) == deque([1, 2])", "P(x).x": "plus(1) == 1",
             "x(1)": "plus(lambda y: y + 1) == 2", "defaultdict(int, {x: 2})": "plus(1) == {1: 2}"}.items():
-        problem = problem_of(code=f"{imports}def plus(x):\n    return {value}", test_list=[f"{imports}assert {test}"])
+        problem = problem_of(code=f"{imports}{old}def plus(x):\n    return {value}", test_list=[f"{imports}assert {test}"])
         assert outcomes([problem["cot"]], problem) == [1], value
 
 
