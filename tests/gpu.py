@@ -129,12 +129,14 @@ def peak_GiB():
 
 
 def ceilings():
-    """Bytes a second of a copy, read and written, and FLOP a second of a bfloat16 product, measured here and now."""
-    size, side = (2 ** 31, 8192) if CUDA else (2 ** 25, 512)
-    x, a = torch.empty(size, dtype=torch.uint8, device=DEVICE), torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
+    """Bytes a second of a copy, read and written, and FLOP a second of a product, measured here and now: in bfloat16, on a CPU in
+    float32, in which the scripts compute there."""
+    size, side, dtype = (2 ** 31, 8192, torch.bfloat16) if CUDA else (2 ** 25, 512, torch.float32)
+    x, a = torch.empty(size, dtype=torch.uint8, device=DEVICE), torch.randn(side, side, device=DEVICE, dtype=dtype)
     y = torch.empty_like(x)
     copied, product = (statistics.median(seconds_of(call) for _ in range(20)) for call in (lambda: y.copy_(x), lambda: a @ a))
-    tell("ceilings", copy_GB_per_s=2e-9 * size / copied, bf16_TFLOP_per_s=2e-12 * side ** 3 / product)
+    tell("ceilings", copy_GB_per_s=2e-9 * size / copied,
+         **{f"{'bf16' if CUDA else 'fp32'}_TFLOP_per_s": 2e-12 * side ** 3 / product})
     return 2 * size / copied, 2 * side ** 3 / product
 
 
