@@ -1314,7 +1314,8 @@ def spread(models, args):
     gathers a layer when it is used. Several names may stand for one model. To be done before adamw() takes hold of the parts."""
     from torch.distributed.fsdp import fully_shard
     GPT.sharded = args.shard
-    gc.collect()                                                     # a model that was sharded before is in a cycle of references
+    if args.shard:
+        gc.collect()                                                 # a model that was sharded before is in a cycle of references
     for gpt in dict.fromkeys(models):
         if not args.shard:
             gpt.to(args.device)

@@ -690,7 +690,8 @@ def run_program(pool, program):
 
 def printed_value(session, program):
     """The first character of the repr of what solution() returns, then its str. A program is the longest prefix of lines that
-    parses, in which what fails once solution is defined counts as prose."""
+    parses, in which what fails once solution is defined counts as prose. What Monty's parser lacks is a NotImplementedError before
+    anything has run; one that the program raises itself shortens it, too, but what it had defined by then stays in the session."""
     from pydantic_monty import MontyRuntimeError, MontySyntaxError
     feed = functools.partial(session.feed_run, print_callback=lambda *_: None)
     lines = ["import math", *re.split("\r\n?|\n", program)]
@@ -700,7 +701,7 @@ def printed_value(session, program):
             feed("\n".join([*lines, "None"]))                # None: what the last line yields, however large, stays there
             break
         except (MontySyntaxError, MontyRuntimeError) as error:
-            if isinstance(error, MontyRuntimeError) and not str(error).startswith("NotImplementedError"):    # Monty's parser
+            if isinstance(error, MontyRuntimeError) and not str(error).startswith("NotImplementedError"):
                 break
             del lines[min(len(lines), error.traceback()[-1].line) - 1:]      # no prefix that holds the wrong line parses
     else:
@@ -1468,7 +1469,8 @@ def spread(models, args):
     gathers a layer when it is used. Several names may stand for one model. To be done before adamw() takes hold of the parts."""
     from torch.distributed.fsdp import fully_shard
     GPT.sharded = args.shard
-    gc.collect()                                                     # a model that was sharded before is in a cycle of references
+    if args.shard:
+        gc.collect()                                                 # a model that was sharded before is in a cycle of references
     for gpt in dict.fromkeys(models):
         if not args.shard:
             gpt.to(args.device)

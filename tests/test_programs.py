@@ -205,6 +205,7 @@ HARMLESS = {     # tricks that change nothing: still 18
     "its own value": "value = 5\n" + GOOD + "\nvalue = 5",
     "50 MB": function("return 18 + 0 * len('x' * (50 << 20))"),
     "5,000 wrong lines after": GOOD + "\n" + "x = '\n" * 5000,
+    "a helper that is not implemented": f"def helper():\n    raise NotImplementedError\n{GOOD}\nhelper()",
     **{f"after it {line!r}, which Monty lacks": f"{GOOD}\n{line}" for line in [
         "def g():\n    yield 1", "class B(int): pass", "from math import *", "raise NotImplementedError"]},
 }
